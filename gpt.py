@@ -1,0 +1,450 @@
+"""gpt.py: a GPT, which learns to write from one text and shows how on the way.
+    python gpt.py --prompt="ROMEO:"       trains on input.txt, then writes (--help: all options)
+Expect a validation loss of about 1.43 after a few minutes on two CPU cores. bigram.py is where
+the lesson starts; every difference from it is one of the numbered steps.
+Shapes in comments: B batch_size, T time (at most block_size), C n_embd, H n_head, D head size
+(C = H times D), V vocab_size.
+"""
+# %% Imports
+import hashlib, math, os, re, sys, time
+import signal  # Step 15
+from pathlib import Path
+import numpy as np
+import requests
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# %% Hyperparameters: change them here or by --name=value. Of two values, the first is for CUDA.
+argv = [] if (notebook := "ipykernel" in sys.modules) else sys.argv[1:]
+device = "cuda" if torch.cuda.is_available() else "cpu"  # what computes: cuda, cpu or mps?
+gpu = dict(arg.partition("=")[::2] for arg in argv).get("--device", device).startswith("cuda")
+text_file = "input.txt"  # what to learn from: any text in UTF-8
+text_url = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"  # else
+text_sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # its checksum
+seed = 1337  # the same seed on the same machine gives the same run
+batch_size = 64 if gpu else 8  # how many windows of text are learnt from at once?
+block_size = 256  # how many characters has a window, and so the memory of a prediction?
+max_iters = 1000 if gpu else 1200  # how often are the weights adjusted?
+learning_rate = 0.004  # Step 12: how far, each time, what AdamW adjusts?
+n_embd = 384 if gpu else 192  # Step 1: how many numbers describe a character?
+n_head = 6 if gpu else 3  # Step 4: how many heads look back side by side?
+n_layer = 6 if gpu else 4  # Step 9: how many blocks lie on top of each other?
+dropout = 0.2 if gpu else 0.0  # Step 10: which part of every result is blanked in training?
+muon_lr = 0.02  # Step 12: how far, each time, what Muon adjusts?
+weight_decay = 0.2  # Step 12: how fast do Muon's weights fade if nothing keeps them up?
+warmup_iters = 50  # Step 13: how many adjustments until the full rates?
+dtype = "auto"  # Step 14: float32, bfloat16, or the faster of them?
+save = "gpt.pt"  # Step 15: where is the best model kept? Empty: in memory
+load = ""  # Step 15: which kept model to start from?
+resume = ""  # Step 15: which kept run to go on with?
+eval_interval = 200 if gpu else 300  # how many adjustments lie between two measurements of the loss?
+prompt = ""  # what does the sample continue? Empty: a new line; -: what you type
+samples = 1  # how many continuations of it?
+max_new_tokens = 500  # how many characters has each?
+temperature = 0.8  # below 1 keeps to likely characters, above 1 dares more
+top_k = 0  # draw from the k likeliest characters only; 0: from all
+
+# %% Machinery (to skip on a first reading): mistakes told in one line, and --name=value.
+def check(fine, problem):
+    """Unless all is fine, say in one line what is not and end with exit status 2."""
+    if not fine:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+def explain(kind, error, trace):
+    """The hook for uncaught errors: one line if the user can mend it, else the traceback."""
+    if kind in (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C; or `| head`, which has seen enough
+        os._exit(130 if kind is KeyboardInterrupt else 0)
+    hints = {UnicodeDecodeError: f"text_file={text_file} is not UTF-8; save it as UTF-8 first",
+             requests.RequestException: f"no {text_url} ({error}): save it as input.txt by hand",
+             torch.OutOfMemoryError: f"out of memory; lower batch_size={batch_size}",
+             OSError: f"{error}; give the path of a text in UTF-8"}
+    for known, hint in hints.items():
+        check(not isinstance(error, known), hint)
+    sys.__excepthook__(kind, error, trace)
+def write_whole(path, write):
+    """Let write(part) make a file, then call it path: no one ever finds half a file there."""
+    part = Path(f"{path}.part")
+    try:
+        write(part)
+        part.replace(path)
+    except (OSError, RuntimeError) as why:
+        part.unlink(missing_ok=True)
+        check(False, f"cannot write {path} (is the disk full?): {str(why).splitlines()[0]}")
+sys.excepthook = explain
+notebook or sys.stdout.reconfigure(errors="replace", line_buffering=True)  # ? if it cannot print
+settings = {k: v for k, v in globals().items() if type(v) in (int, float, str) and k[0] != "_"}
+if "--help" in argv:
+    for name, gloss in re.findall(r"(?m)^(\w+) = .+  # (.+)", Path(__file__).read_text("utf-8")):
+        print(f"--{name}={settings[name]!r}  {gloss}")
+    sys.exit()
+for arg in argv:
+    name, equals, value = arg.removeprefix("--").partition("=")
+    check(arg[:2] == "--" and equals and name in settings,
+          f"{arg} is not --name=value with a name out of {', '.join(settings)}")
+    try:
+        globals()[name] = type(settings[name])(value)
+    except ValueError:
+        check(False, f"{name}={value} should be of type {type(settings[name]).__name__}")
+# Step 15: keep the best model. A kept one brings its numbers; the command line goes first.
+kept, no_text = None, False
+if load or resume:
+    given = {name: globals()[name] for name in [arg[2:].partition("=")[0] for arg in argv]}
+    try:
+        kept = torch.load(load or resume, map_location="cpu", weights_only=True)
+        shape = {k: kept["settings"][k] for k in ("n_embd", "n_head", "n_layer", "block_size")}
+        globals().update(kept["settings"] | given)
+    except Exception as why:
+        check(False, f"{load or resume} is no model kept by gpt.py ({type(why).__name__})")
+    check(shape | given == given | shape, f"the model in {load or resume} has to keep {shape}")
+    no_text = not resume and max_iters == 0
+    text_file = "" if no_text else text_file
+for name, least in dict(batch_size=1, block_size=1, max_iters=0, learning_rate=0, eval_interval=1,
+                        seed=0, samples=1, max_new_tokens=0, temperature=0.001, top_k=0,
+                        n_embd=1, n_head=1, n_layer=1,  # Step 1, Step 4, Step 9
+                        dropout=0, muon_lr=0, weight_decay=0, warmup_iters=0).items():
+    check(globals()[name] >= least, f"{name}={globals()[name]} should be {least} or more")
+check(dropout < 1, f"{dropout=} should be below 1")  # Step 10
+check(n_embd % (4 * n_head) == 0, f"{n_embd=} should be a multiple of 4 * n_head = {4 * n_head}")
+check(dtype in ("auto", "bfloat16", "float32"), f"{dtype=} should be auto, bfloat16 or float32")
+check(os.access(Path(save).parent, os.W_OK), f"{save=} should lie in a folder you may write to")
+# Step 16: several devices. Every process started by torchrun works on its share of each batch.
+world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+check(batch_size % world == 0, f"{batch_size=} should be a multiple of the {world} processes")
+if world > 1:
+    torch.distributed.init_process_group("nccl" if gpu else "gloo")
+    sys.stdout = open(os.devnull, "w") if rank else sys.stdout  # the first one speaks for all
+try:
+    world > 1 and gpu and torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # Step 16
+    torch.zeros(1, device=device)
+except Exception as why:
+    check(False, f"device={device} cannot be used ({str(why).splitlines()[0]}); try --device=cpu")
+torch.manual_seed(seed)
+
+# %% The text: input.txt beside this script, downloaded where it is missing; or a file of yours.
+default = text_file == "input.txt"
+path = (Path(globals().get("__file__", "")).parent if default else Path()) / text_file
+if default and not path.exists():
+    reply = requests.get(text_url, timeout=30)
+    reply.raise_for_status()
+    check(hashlib.sha256(reply.content).hexdigest() == text_sha256,
+          f"{text_url} is not the text expected; save the right one by hand as {path}")
+    write_whole(path, lambda part: part.write_bytes(reply.content))
+text = "" if no_text else path.read_text(encoding="utf-8-sig")  # Step 15
+
+# %% The vocabulary: every distinct character is a token, its place in the sorted list is its id.
+chars = sorted(set(text))
+chars = kept["chars"] if kept else chars  # Step 15
+vocab_size = len(chars)
+char_to_id = {char: i for i, char in enumerate(chars)}
+def encode(string):
+    """String to token ids (T,); characters outside the vocabulary are an error, and named."""
+    unknown = [f"{c!r} ({string.count(c)} times)" for c in sorted(set(string) - set(chars))[:20]]
+    check(not unknown, f"{', '.join(unknown)} not in the vocabulary, {''.join(chars)[:500]!r}")
+    return torch.from_numpy(np.fromiter(map(char_to_id.get, string), np.int32, len(string)))
+def decode(ids):
+    """Token ids to the string they stand for; the inverse of encode."""
+    return "".join(chars[i] for i in ids)
+# The last tenth is never trained on: the loss there tells whether the model learns the language.
+train_data, val_data = encode(text).to(device).tensor_split([int(0.9 * len(text))])
+check(no_text or len(val_data) > block_size, f"{text_file=}: too short for {block_size=}")  # Step 15
+newline = "\n" if "\n" in chars else (text or chars)[0]  # the start where none is given
+encode("" if prompt == "-" else prompt)  # complain now, not after the training
+
+# %% Step 14: bf16. Numbers of half the width, at several times the speed, where the chip has them.
+can = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}
+fast = can.get("avx512_bf16") or can.get("amx_bf16") or (
+    gpu and torch.cuda.is_bf16_supported(including_emulation=False))
+fast_dtype = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and fast else torch.float32
+
+# %% Batches: windows of the text, in random order, all of it once before any of it twice.
+rng = torch.Generator(device).manual_seed(seed)  # their own, so that sampling changes no training
+window = torch.arange(block_size + 1, device=device)
+queue = window[:0]  # where the windows start that are still to come
+def get_batch():
+    """Return inputs and targets, both (B, T). The targets are the inputs one character later, so
+    every position is an example: given the characters up to here, which one comes next?"""
+    global queue
+    while len(queue) < batch_size:  # an epoch is over: cut the text anew, somewhere else
+        room = len(train_data) - block_size
+        offset = torch.randint(min(block_size, room), (1,), device=device, generator=rng).item()
+        cuts = torch.arange(offset, room, block_size, device=device)
+        queue = torch.cat([queue, cuts[torch.randperm(len(cuts), device=device, generator=rng)]])
+    at, queue = queue[:batch_size, None], queue[batch_size:]  # (B, 1)
+    at = at[rank::world]  # Step 16
+    chunk = train_data[at + window].long()  # (B, T+1), in one indexed read
+    return chunk[:, :-1], chunk[:, 1:]
+
+# %% Step 2: attention. A position looks back and gathers what it needs, from wherever it stands.
+class Attention(nn.Module):
+    """(B, T, C) to (B, T, C): weighted sums of what came so far (Vaswani 2017, arXiv:1706.03762).
+    To see one head first, read it with n_head = 1: then H is 1, and D is C."""
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
+        self.proj = nn.Linear(n_embd, n_embd, bias=False)
+        # Who can see the next character need not learn to predict it: the mask hides what is later.
+        later = torch.ones(block_size, block_size).triu(1).bool()  # (T, T)
+        self.register_buffer("later", later, persistent=False)
+    def forward(self, x):
+        T = x.shape[1]
+        # Query: what a position looks for. Key: what it can be found by. Value: what it hands over.
+        q, k, v = self.qkv(x).chunk(3, dim=-1)  # each (B, T, C)
+        # Step 4: several heads. Each has its own part of q, k and v, and so its own eye for things.
+        q, k, v = (z.unflatten(-1, (n_head, -1)).transpose(1, 2) for z in (q, k, v))  # (B, H, T, D)
+        # Step 5: normalised queries and keys. Of one length all, they differ in direction only, and
+        # no score can run away (Henry et al. 2020, arXiv:2010.04245).
+        q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])  # each (B, H, T, D)
+        q, k = rotate(q), rotate(k)  # Step 3
+        # A score is a sum of D products and grows like sqrt(D). Divided by it, the scores start
+        # out small and softmax soft: a hard choice this early would block all learning.
+        scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B, H, T, T)
+        weights = scores.masked_fill(self.later[:T, :T], -math.inf).softmax(dim=-1)  # (B, H, T, T)
+        gathered = weights @ v  # (B, H, T, D)
+        self.weights = weights.detach()  # Step 17
+        return self.proj(gathered.transpose(1, 2).flatten(2))
+
+# %% Step 3: positions. Attention as such cannot tell near from far, or before from after.
+speeds = 10000.0 ** -torch.arange(0, 1, 2 * n_head / n_embd, device=device)  # (D/2), 1 to 1/10000
+angles = torch.arange(block_size, device=device)[:, None] * speeds  # (T, D/2)
+def rotate(x):
+    """Turn pairs of numbers in x (B, H, T, D) by angles that grow with the position. A dot product
+    keeps only the difference of two such turns: the distance (Su et al. 2021, arXiv:2104.09864)."""
+    cos, sin = angles[:x.shape[2]].cos().to(x), angles[:x.shape[2]].sin().to(x)  # each (T, D/2)
+    a, b = x.chunk(2, dim=-1)  # each (B, H, T, D/2)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+# %% Step 6: feed-forward. What a position has gathered, it now thinks over by itself.
+class FeedForward(nn.Module):
+    """(B, T, C) to (B, T, C): two linear maps, and a bend (squared ReLU) that keeps them two."""
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(n_embd, 4 * n_embd, bias=False)
+        self.down = nn.Linear(4 * n_embd, n_embd, bias=False)
+    def forward(self, x):
+        return self.down(F.relu(self.up(x)).square())
+
+# %% Step 7: token shift. Neighbours matter most, so they are at hand without any attention.
+def shift(x):
+    """Keep half the numbers of x (B, T, C), take a quarter from the position before, and a quarter
+    from the one before that (after Peng et al. 2023, arXiv:2305.13048)."""
+    past = F.pad(x, (0, 0, 2, 0))  # (B, T+2, C): two empty positions in front
+    half, quarter = n_embd // 2, n_embd // 4
+    return torch.cat([x[..., :half], past[:, 1:-1, half:-quarter], past[:, :-2, -quarter:]], dim=-1)
+
+# %% A block: communication, then computation.
+class Block(nn.Module):
+    """(B, T, C) to (B, T, C): attention between positions, then feed-forward at each of them."""
+    def __init__(self):
+        super().__init__()
+        self.attention, self.feed_forward = Attention(), FeedForward()
+        # Step 8: residual connections and LayerNorm. x + f(x) lets a block add to what is there and
+        # lets the gradient pass unhindered; a norm before f, not after the sum, leaves it that way.
+        self.norm1, self.norm2 = nn.LayerNorm(n_embd, bias=False), nn.LayerNorm(n_embd, bias=False)
+        # Step 10: dropout. Results that fail at random teach the others not to rely on them; it is
+        # for training only, as in use nobody wants to do without them.
+        self.dropout = nn.Dropout(dropout)
+    def forward(self, x):
+        x = x + self.dropout(self.attention(shift(self.norm1(x))))  # (B, T, C)
+        return x + self.dropout(self.feed_forward(shift(self.norm2(x))))
+
+# %% The model: from the characters so far to a score for each one that might be next.
+class LanguageModel(nn.Module):
+    """Step 1: an embedding and a head. A character becomes C numbers, C numbers become scores."""
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, n_embd)
+        # Step 9: depth. Blocks in a row: what one has found out, the next can build on.
+        self.blocks = nn.Sequential(*[Block() for _ in range(n_layer)])
+        self.norm = nn.LayerNorm(n_embd, bias=False)
+        self.head = nn.Linear(n_embd, vocab_size, bias=False)
+        # Step 11: initialisation. What ends a branch starts at zero: every block at first adds
+        # nothing, all characters are equally likely, and the loss is ln(vocab_size).
+        for name, weight in self.named_parameters():
+            if name.endswith(("proj.weight", "down.weight", "head.weight")):
+                nn.init.zeros_(weight)
+    @torch.autocast(torch.device(device).type, torch.bfloat16, enabled=fast_dtype == torch.bfloat16)
+    def forward(self, idx, targets=None):
+        """Map ids (B, T) to logits (B, T, V) and, given targets (B, T), to their loss in nats."""
+        assert idx.shape[1] <= block_size, f"{idx.shape[1]} characters exceed {block_size=}"
+        x = self.embedding(idx)  # (B, T, C), Step 1
+        x = self.blocks(x)  # (B, T, C), Step 9
+        logits = self.head(self.norm(x)).float()  # (B, T, V)
+        # Targets are ids: cross_entropy looks up their probabilities and takes the mean of -log.
+        return logits, None if targets is None else F.cross_entropy(logits.mT, targets)
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, seed=None, stream=False):
+        """Continue ids (B, T) by max_new_tokens, drawn one by one, the same for the same seed, and
+        return old and new ones together; stream prints the new ones of the first row at once."""
+        training, idx = self.training, idx.to(next(self.parameters()).device)
+        rng = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
+        self.eval()
+        for _ in range(max_new_tokens):
+            logits = self(idx[:, -block_size:])[0][:, -1]  # (B, V), those of the last position
+            logits = logits / temperature  # below 1 widens the gaps: the likeliest wins more often
+            kth = logits.topk(min(top_k or vocab_size, vocab_size)).values[:, -1:]  # (B, 1)
+            logits = logits.masked_fill(logits < kth, float("-inf"))  # less than it has no chance
+            new = torch.multinomial(logits.softmax(dim=-1), 1, generator=rng)  # (B, 1)
+            idx = torch.cat([idx, new], dim=1)
+            if stream:
+                print(decode(new[0]), end="", flush=True)
+        self.train(training)
+        return idx
+
+# %% Step 12: Muon. Every direction of a weight matrix learns at the same pace.
+class Muon(torch.optim.Optimizer):
+    """Gradients are mostly a few strong directions. AdamW scales number by number and keeps it so;
+    Muon makes them all equally strong (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
+    def __init__(self, matrices, lr):
+        shapes = {m.shape: [w for w in matrices if w.shape == m.shape] for m in matrices}
+        super().__init__([{"params": same} for same in shapes.values()], {"lr": lr})
+    @torch.no_grad()
+    def step(self):
+        """Adjust the matrices, all those of one shape at once."""
+        for group in self.param_groups:
+            lr, grad = group["lr"], torch.stack([weight.grad for weight in group["params"]])
+            mean = self.state[group["params"][0]].setdefault("mean", torch.zeros_like(grad))
+            mean.lerp_(grad, 0.05)
+            new = orthogonalize(grad.lerp(mean, 0.95)) * max(1, grad.shape[1] / grad.shape[2])**0.5
+            for weight, change in zip(group["params"], new):
+                weight.mul_(1 - lr * weight_decay).sub_(change, alpha=lr)
+def orthogonalize(m):
+    """Bring all singular values of matrices m near 1, by five rounds of a polynomial that moves
+    them there (Newton-Schulz); it takes matrix products only, which is what processors do best."""
+    x = (m.mT if m.shape[1] > m.shape[2] else m).to(fast_dtype)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x.mT if m.shape[1] > m.shape[2] else x).to(m)
+model = LanguageModel().to(device)
+matrices = [weight for weight in model.blocks.parameters() if weight.ndim == 2]  # Step 12
+others = [weight for weight in model.parameters() if not any(weight is m for m in matrices)]
+optimizer, muon = torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, lr=muon_lr)
+def write(start, length, seed):
+    """Print a start and its continuation, character by character as they are drawn."""
+    print(start, end="")
+    model.generate(encode(start)[None], length, temperature, top_k, seed, stream=True)
+    print()
+
+# %% Measuring: always on the same windows, so the same model always gets the same number.
+@torch.no_grad()
+def estimate_loss():
+    """Return the mean losses on train_data and val_data, in nats per character, over windows side
+    by side: all that val_data has (2**18 characters if it is longer), and as many of train_data."""
+    losses, count = [], min(len(val_data) - 1, 2**18) // block_size
+    model.eval()  # evaluation mode: nothing is left to chance
+    for split in (train_data, val_data):
+        places = torch.arange(count, device=device) * ((len(split) - 1) // block_size) // count
+        chunks = split[places[:, None] * block_size + window].long().split(batch_size)
+        total = sum(model(chunk[:, :-1], chunk[:, 1:])[1] * len(chunk) for chunk in chunks)
+        losses.append(float(total) / count)
+    model.train()
+    return losses
+terminal, times, recent = sys.stdout.isatty(), [], []
+def show_progress(step, loss):
+    """After each step: end a run gone wrong; tell speed and time left (once if no terminal)."""
+    times.append(time.perf_counter())
+    recent.append(loss.detach())
+    value = float(recent[-2:][0])  # of the step before: with this one a GPU may still be busy
+    check(math.isfinite(value), f"the loss is {value} since step {step - 1}: lower the rates")
+    pace = (times[-1] - times[0] + 1e-9) / max(1, len(times) - 1)  # seconds per step
+    speed, left = batch_size * block_size / pace, pace * (max_iters - 1 - step) / 60
+    if terminal or len(times) == 10:
+        print(f"{step + 1} of {max_iters}: loss {value:.3f}, {speed:,.0f} characters/s, "
+              f"{left:.1f} minutes left ", end="\r" if terminal else "\n")
+
+# %% Step 15 (to skip): the best model and the state of the run, in one file.
+parts = {"model": model, "optimizer": optimizer, "muon": muon}
+best, first_step, history, interrupted = {"val_loss": math.inf}, int(no_text), {}, []
+if kept:
+    model.load_state_dict(kept["best"]["weights"])
+if resume:
+    best, first_step, queue = kept["best"], kept["step"], kept["queue"].to(device)
+    for name, part in parts.items():
+        part.load_state_dict(kept[name])
+    if kept["device"] == device:  # random states of one kind of device mean nothing to another
+        rng.set_state(kept["batches"])
+        (torch.cuda if gpu else torch).set_rng_state(kept["rng"])
+    if first_step >= max_iters:
+        print(f"the run in {resume} is finished: it has made its {first_step} adjustments")
+        first_step = max_iters + 1
+def keep(step):
+    """Note this step's losses and, if they are the best so far, its weights; write all to save."""
+    history[step] = [train_loss, val_loss]
+    if val_loss < best["val_loss"]:
+        weights = {name: weight.cpu().clone() for name, weight in model.state_dict().items()}
+        best.update(step=step, val_loss=val_loss, weights=weights)
+    if save and step and not rank:
+        own = ("device", "save", "load", "resume", "prompt")
+        state = {name: part.state_dict() for name, part in parts.items()} | {
+            "settings": {k: globals()[k] for k in settings if k not in own}, "chars": chars,
+            "best": best, "step": step, "queue": queue, "device": device,
+            "batches": rng.get_state(), "rng": (torch.cuda if gpu else torch).get_rng_state()}
+        write_whole(save, lambda part: torch.save(state, part))
+
+# %% Training
+print(f"{device}: {sum(p.numel() for p in model.parameters()):,} parameters learn {text_file}, "
+      f"{len(text):,} characters\nguessing among {vocab_size}: loss {math.log(vocab_size):.4f}")
+# Step 15: the first Ctrl-C ends the training after this adjustment, a second one everything.
+usual = signal.signal(signal.SIGINT, lambda *_: interrupted.append(signal.signal(*_[:1], usual)))
+for step in range(first_step, max_iters + 1):  # Step 15
+    last = step == max_iters
+    last = last or bool(interrupted)  # Step 15
+    if step % eval_interval == 0 or last:
+        train_loss, val_loss = estimate_loss()
+        print(" " * 79 * terminal, end="\r" * terminal)  # wipe the status line
+        print(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+        check(math.isfinite(val_loss), f"the loss is {val_loss} since step {step}: lower the rates")
+        keep(step)  # Step 15
+        write(newline, 80, seed)
+    if last:
+        break
+    # Step 13: learning-rate schedule. Small steps first, while all is new, and last, to settle.
+    rate = min((step + 1) / (warmup_iters + 1), 1 - step / max_iters)
+    for which, full_rate in ((optimizer, learning_rate), (muon, muon_lr)):
+        for group in which.param_groups:
+            group["lr"] = rate * full_rate
+    inputs, targets = get_batch()
+    logits, loss = model(inputs, targets)
+    model.zero_grad()
+    loss.backward()
+    for weight in model.parameters() if world > 1 else []:  # Step 16: the mean of all gradients
+        torch.distributed.all_reduce(weight.grad.div_(world))
+    optimizer.step()
+    muon.step()  # Step 12
+    show_progress(step, loss)
+
+# %% Step 15 (to skip): from here on, the best model.
+signal.signal(signal.SIGINT, usual)
+if interrupted:
+    print(f"stopped by Ctrl-C; --resume={save} goes on")
+if not no_text:
+    model.load_state_dict(best["weights"])
+    print(f"the best model, of step {best['step']} with val loss {best['val_loss']:.4f}, writes:")
+world > 1 and torch.distributed.destroy_process_group()  # Step 16
+
+# %% Writing: the prompt, and what might come after it.
+for start in map(str.strip, sys.stdin) if prompt == "-" else [prompt]:
+    for i in range(samples):
+        print(f"--- sample {i + 1} of {samples} ---")
+        write(start or newline, max_new_tokens, seed + i)
+
+# %% Step 17: look inside. How the loss fell, and where each head of the last block looks.
+try:
+    import matplotlib.pyplot as plt
+except ImportError:
+    plt = print("pip install matplotlib, and a picture of the model appears here as gpt.png")
+if plt and history and not rank:
+    seen = encode((prompt.strip("-") + decode(val_data[:32]))[:32])
+    model.eval()(seen[None].to(device))
+    figure, axes = plt.subplots(1, n_head + 1, figsize=(5 * n_head + 5, 5), layout="constrained")
+    axes[0].plot(list(history), list(history.values()), label=["train loss", "val loss"])
+    axes[0].set(xlabel="adjustments of the weights", title="nats per character")
+    axes[0].legend()
+    for head, axis in enumerate(axes[1:]):
+        axis.imshow(model.blocks[-1].attention.weights[0, head].float().cpu(), cmap="Blues")
+        axis.set(title=f"head {head + 1}", xlabel="looked at", ylabel="looking")
+        for ticks in (axis.set_xticks, axis.set_yticks):
+            ticks(range(len(seen)), [repr(char)[1:-1] for char in decode(seen)])
+    figure.savefig("gpt.png")
