@@ -25,7 +25,7 @@ batch_size = 64 if gpu else 8  # how many windows of text are learnt from at onc
 block_size = 256  # how many characters has a window, and so the memory of a prediction?
 max_iters = 1000 if gpu else 1200  # how often are the weights adjusted?
 learning_rate = 0.05  # how far, each time?
-eval_interval = 200 if gpu else 300  # how many adjustments lie between two measurements of the loss?
+eval_interval = 200 if gpu else 300  # how many adjustments between two measurements of the loss?
 prompt = ""  # what does the sample continue? Empty: a new line; -: what you type
 samples = 1  # how many continuations of it?
 max_new_tokens = 500  # how many characters has each?
@@ -107,7 +107,7 @@ def decode(ids):
     return "".join(chars[i] for i in ids)
 # The last tenth is never trained on: the loss there tells whether the model learns the language.
 train_data, val_data = encode(text).to(device).tensor_split([int(0.9 * len(text))])
-check(len(val_data) > block_size, f"{text_file=}: too short for {block_size=}")
+check(len(val_data) > block_size, f"{text_file=} too short for {block_size=}")
 newline = "\n" if "\n" in chars else (text or chars)[0]  # the start where none is given
 encode("" if prompt == "-" else prompt)  # complain now, not after the training
 

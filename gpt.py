@@ -38,7 +38,7 @@ dtype = "auto"  # Step 14: float32, bfloat16, or the faster of them?
 save = "gpt.pt"  # Step 15: where is the best model kept? Empty: in memory
 load = ""  # Step 15: which kept model to start from?
 resume = ""  # Step 15: which kept run to go on with?
-eval_interval = 200 if gpu else 300  # how many adjustments lie between two measurements of the loss?
+eval_interval = 200 if gpu else 300  # how many adjustments between two measurements of the loss?
 prompt = ""  # what does the sample continue? Empty: a new line; -: what you type
 samples = 1  # how many continuations of it?
 max_new_tokens = 500  # how many characters has each?
@@ -147,7 +147,7 @@ def decode(ids):
     return "".join(chars[i] for i in ids)
 # The last tenth is never trained on: the loss there tells whether the model learns the language.
 train_data, val_data = encode(text).to(device).tensor_split([int(0.9 * len(text))])
-check(no_text or len(val_data) > block_size, f"{text_file=}: too short for {block_size=}")  # Step 15
+check(no_text or len(val_data) > block_size, f"{text_file=} too short for {block_size=}")  # Step 15
 newline = "\n" if "\n" in chars else (text or chars)[0]  # the start where none is given
 encode("" if prompt == "-" else prompt)  # complain now, not after the training
 
