@@ -436,7 +436,7 @@ try:
 except ImportError:
     plt = print("pip install matplotlib, and a picture of the model appears here as gpt.png")
 if plt and history and not rank:
-    seen = encode((prompt.strip("-") + decode(val_data[:32]))[:32])
+    seen = encode((prompt.strip("-") + decode(val_data[:32]))[:min(32, block_size)])
     model.eval()(seen[None].to(device))
     figure, axes = plt.subplots(1, n_head + 1, figsize=(5 * n_head + 5, 5), layout="constrained")
     axes[0].plot(list(history), list(history.values()), label=["train loss", "val loss"])
