@@ -38,7 +38,8 @@ def names(script, **numbers):
     space = {"__name__": "__main__", "__file__": str(ROOT / script)}
     try:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
-        exec(compile((ROOT / script).read_text(encoding="utf-8"), str(ROOT / script), "exec"), space)
+        source = (ROOT / script).read_text(encoding="utf-8")
+        exec(compile(source, str(ROOT / script), "exec"), space)
     finally:
         sys.argv, sys.excepthook, sys.stdout = argv, hook, stdout
     return space
