@@ -32,7 +32,7 @@ n_head = 6 if gpu else 3  # Step 4: how many heads look back side by side?
 n_layer = 6 if gpu else 4  # Step 9: how many blocks lie on top of each other?
 dropout = 0.2 if gpu else 0.0  # Step 10: which part of every result is blanked in training?
 muon_lr = 0.02  # Step 12: how far, each time, what Muon adjusts?
-weight_decay = 0.2  # Step 12: how fast do Muon's weights fade if nothing keeps them up?
+weight_decay = 0.2 if gpu else 0.1  # Step 12: how fast do Muon's weights fade if nothing keeps them up?
 warmup_iters = 50  # Step 13: how many adjustments until the full rates?
 dtype = "auto"  # Step 14: float32, bfloat16, or the faster of them?
 save = "gpt.pt"  # Step 15: where is the best model kept? Empty: in memory
@@ -184,8 +184,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
         self.proj = nn.Linear(n_embd, n_embd, bias=False)
         # Who can see the next character need not learn to predict it: the mask hides what is later.
-        later = torch.ones(block_size, block_size).triu(1).bool()  # (T, T)
-        self.register_buffer("later", later, persistent=False)
+        mask = torch.full((block_size, block_size), -math.inf).triu(1)  # (T, T)
+        self.register_buffer("mask", mask, persistent=False)
     def forward(self, x):
         T = x.shape[1]
         # Query: what a position looks for. Key: what it can be found by. Value: what it hands over.
@@ -198,8 +198,8 @@ class Attention(nn.Module):
         q, k = rotate(q), rotate(k)  # Step 3
         # A score is a sum of D products and grows like sqrt(D). Divided by it, the scores start
         # out small and softmax soft: a hard choice this early would block all learning.
-        scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B, H, T, T)
-        weights = scores.masked_fill(self.later[:T, :T], -math.inf).softmax(dim=-1)  # (B, H, T, T)
+        scores = q / math.sqrt(q.shape[-1]) @ k.mT  # (B, H, T, T)
+        weights = (scores + self.mask[:T, :T].to(q)).softmax(dim=-1)  # (B, H, T, T)
         gathered = weights @ v  # (B, H, T, D)
         self.weights = weights.detach()  # Step 17
         return self.proj(gathered.transpose(1, 2).flatten(2))
