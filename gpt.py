@@ -27,17 +27,17 @@ batch_size = 64 if gpu else 8  # how many windows of text are learnt from at onc
 block_size = 256  # how many characters has a window, and so the memory of a prediction?
 max_iters = 1000 if gpu else 1200  # how often are the weights adjusted?
 learning_rate = 0.004  # Step 12: how far, each time, what AdamW adjusts?
-n_embd = 384 if gpu else 192  # Step 1: how many numbers describe a character?
-n_head = 6 if gpu else 3  # Step 4: how many heads look back side by side?
-n_layer = 6 if gpu else 4  # Step 9: how many blocks lie on top of each other?
-dropout = 0.2 if gpu else 0.0  # Step 10: which part of every result is blanked in training?
-muon_lr = 0.02  # Step 12: how far, each time, what Muon adjusts?
-weight_decay = 0.2 if gpu else 0.1  # Step 12: how fast do Muon's weights fade if nothing keeps them up?
-warmup_iters = 50  # Step 13: how many adjustments until the full rates?
-dtype = "auto"  # Step 14: float32, bfloat16, or the faster of them?
-save = "gpt.pt"  # Step 15: where is the best model kept? Empty: in memory
-load = ""  # Step 15: which kept model to start from?
-resume = ""  # Step 15: which kept run to go on with?
+n_embd = 384 if gpu else 192  # how many numbers describe a character? (Step 1)
+n_head = 6 if gpu else 3  # how many heads look back side by side? (Step 4)
+n_layer = 6 if gpu else 4  # how many blocks lie on top of each other? (Step 9)
+dropout = 0.2 if gpu else 0.0  # which part of every result is blanked in training? (Step 10)
+muon_lr = 0.02  # how far, each time, what Muon adjusts? (Step 12)
+weight_decay = 0.2 if gpu else 0.1  # how fast do unused weights fade? (Step 12)
+warmup_iters = 50  # how many adjustments until the full rates? (Step 13)
+dtype = "auto"  # float32, bfloat16, or the faster of them? (Step 14)
+save = "gpt.pt"  # where is the best model kept? Empty: in memory (Step 15)
+load = ""  # which kept model to start from? (Step 15)
+resume = ""  # which kept run to go on with? (Step 15)
 eval_interval = 200 if gpu else 300  # how many adjustments between two measurements of the loss?
 prompt = ""  # what does the sample continue? Empty: a new line; -: what you type
 samples = 1  # how many continuations of it?
@@ -386,7 +386,7 @@ def keep(step):
 # %% Training
 print(f"{device}: {sum(p.numel() for p in model.parameters()):,} parameters learn {text_file}, "
       f"{len(text):,} characters\nguessing among {vocab_size}: loss {math.log(vocab_size):.4f}")
-# Step 15: the first Ctrl-C ends the training after this adjustment, a second one everything.
+# Step 15 too: a first Ctrl-C ends the training after this adjustment, a second one everything.
 usual = signal.signal(signal.SIGINT, lambda *_: interrupted.append(signal.signal(*_[:1], usual)))
 for step in range(first_step, max_iters + 1):  # Step 15
     last = step == max_iters
@@ -409,7 +409,7 @@ for step in range(first_step, max_iters + 1):  # Step 15
     logits, loss = model(inputs, targets)
     model.zero_grad()
     loss.backward()
-    for weight in model.parameters() if world > 1 else []:  # Step 16: the mean of all gradients
+    for weight in model.parameters() if world > 1 else []:  # Step 16, the mean of all gradients
         torch.distributed.all_reduce(weight.grad.div_(world))
     optimizer.step()
     muon.step()  # Step 12
