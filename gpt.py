@@ -25,10 +25,10 @@ text_sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 seed = 1337  # the same seed on the same machine gives the same run
 batch_size = 64 if gpu else 8  # how many windows of text are learnt from at once?
 block_size = 256  # how many characters has a window, and so the memory of a prediction?
-max_iters = 1000 if gpu else 1200  # how often are the weights adjusted?
+max_iters = 1000 if gpu else 1500  # how often are the weights adjusted?
 learning_rate = 0.004  # how far, each time, what AdamW adjusts? (Step 12)
 n_embd = 384 if gpu else 192  # how many numbers describe a character? (Step 1)
-n_head = 6 if gpu else 3  # how many heads look back side by side? (Step 4)
+n_head = 4 if gpu else 2  # how many heads look back side by side? (Step 4)
 n_layer = 6 if gpu else 4  # how many blocks lie on top of each other? (Step 9)
 dropout = 0.2 if gpu else 0.0  # which part of every result is blanked in training? (Step 10)
 muon_lr = 0.02  # how far, each time, what Muon adjusts? (Step 12)
@@ -222,7 +222,7 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(n_embd, 4 * n_embd, bias=False)
         self.down = nn.Linear(4 * n_embd, n_embd, bias=False)
     def forward(self, x):
-        return self.down(F.relu(self.up(x)).square())
+        return self.down(self.up(x).relu_().square())
 
 # %% Step 7: token shift. Neighbours matter most, so they are at hand without any attention.
 def shift(x):
