@@ -337,8 +337,8 @@ def estimate_loss():
     for split in (train_data, val_data):
         places = torch.arange(count, device=device) * ((len(split) - 1) // block_size) // count
         chunks = split[places[:, None] * block_size + window].long().split(batch_size)
-        total = sum(model(chunk[:, :-1], chunk[:, 1:])[1] * len(chunk) for chunk in chunks)
-        losses.append(float(total) / count)
+        total = sum(float(model(c[:, :-1], c[:, 1:])[1]) * len(c) for c in chunks)
+        losses.append(total / count)
     model.train()
     return losses
 terminal, times, recent = sys.stdout.isatty(), [], []
