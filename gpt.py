@@ -75,7 +75,8 @@ sys.excepthook = explain
 notebook or sys.stdout.reconfigure(errors="replace", line_buffering=True)  # ? if it cannot print
 settings = {k: v for k, v in globals().items() if type(v) in (int, float, str) and k[0] != "_"}
 if "--help" in argv:
-    for name, gloss in re.findall(r"(?m)^(\w+) = .+  # (.+)", Path(__file__).read_text("utf-8")):
+    block = Path(__file__).read_text("utf-8").partition("# %% Machinery")[0]
+    for name, gloss in re.findall(r"(?m)^(\w+) = .+  # (.+)", block):
         print(f"--{name}={settings[name]!r}  {gloss}")
     sys.exit()
 for arg in argv:
@@ -131,12 +132,10 @@ if default and not path.exists():
           f"{text_url} is not the text expected; save the right one by hand as {path}")
     write_whole(path, lambda part: part.write_bytes(reply.content))
 text = "" if no_text else path.read_text(encoding="utf-8-sig")  # Step 15
-
-# %% The vocabulary: every distinct character is a token, its place in the sorted list is its id.
+# The vocabulary: every distinct character is a token, its place in the sorted list is its id.
 chars = sorted(set(text))
 chars = kept["chars"] if kept else chars  # Step 15
-vocab_size = len(chars)
-char_to_id = {char: i for i, char in enumerate(chars)}
+vocab_size, char_to_id = len(chars), {char: i for i, char in enumerate(chars)}
 def encode(string):
     """String to token ids (T,); characters outside the vocabulary are an error, and named."""
     unknown = [f"{c!r} ({string.count(c)} times)" for c in sorted(set(string) - set(chars))[:20]]
@@ -274,8 +273,7 @@ class LanguageModel(nn.Module):
         return logits, None if targets is None else F.cross_entropy(logits.mT, targets)
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, seed=None, stream=False):
-        """Continue ids (B, T) by max_new_tokens, drawn one by one, the same for the same seed, and
-        return old and new ones together; stream prints the new ones of the first row at once."""
+        """Continue ids (B, T) one by one, repeatably with a seed; stream prints the first row."""
         training, idx = self.training, idx.to(next(self.parameters()).device)
         rng = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         self.eval()
@@ -417,7 +415,7 @@ for step in range(first_step, max_iters + 1):  # Step 15
 
 # %% Step 15 (to skip): from here on, the best model.
 signal.signal(signal.SIGINT, usual)
-if interrupted:
+if interrupted and save:
     print(f"stopped by Ctrl-C; --resume={save} goes on")
 if not no_text:
     model.load_state_dict(best["weights"])
@@ -426,7 +424,9 @@ world > 1 and torch.distributed.destroy_process_group()  # Step 16
 
 # %% Writing: the prompt, and what might come after it.
 for start in map(str.strip, sys.stdin) if prompt == "-" else [prompt]:
-    for i in range(samples):
+    if not set(start) <= set(chars):
+        print(f"some of these characters are unknown; known are {''.join(chars)!r}")
+    for i in range(samples if set(start) <= set(chars) else 0):
         print(f"--- sample {i + 1} of {samples} ---")
         write(start or newline, max_new_tokens, seed + i)
 

@@ -5,6 +5,7 @@ process that has imported torch once, so that twenty kills do not cost twenty im
 runs all of gpt.py, in a folder of its own, and a SIGKILL ends it as it ends any program.
 """
 import json
+import math
 import os
 import re
 import shutil
@@ -35,14 +36,16 @@ FORKS = """
 import json, os, signal, sys
 import numpy, requests, torch
 sys.modules["matplotlib"] = None  # no picture: it would take longer than all the rest
+torch.optim.AdamW([torch.zeros(1)])  # the first one imports more
 code = compile(open(script := sys.argv[1], encoding="utf-8").read(), script, "exec")
 job = log = count = None
+space = {"__name__": "__main__", "__file__": script}
 def each_line(frame, event, arg):
     global count
     if event == "line":
         count += 1
         if job["log"]:
-            log.append((frame.f_globals.get("step", -1), os.path.exists("gpt.pt.part")))
+            log.append((space.get("step", -1), os.path.exists("gpt.pt.part")))
         if str(count) in job["at"]:
             os.kill(os.getpid(), job["at"][str(count)])
     return each_line
@@ -62,11 +65,16 @@ for line in sys.stdin:
     sys.argv = [script, *job["args"]]
     if job["at"] or job["log"]:
         sys.settrace(each_call)
-    exec(code, {"__name__": "__main__", "__file__": script})
+    status = None
+    try:
+        exec(code, space)
+    except SystemExit as end:
+        status = end.code
     sys.settrace(None)
+    sys.stdout.flush()
     if job["log"]:
-        json.dump(log, open(job["log"], "w"))
-    break
+        open(job["log"], "w").write(json.dumps(log))
+    os._exit(status or 0)
 """
 
 
@@ -103,7 +111,7 @@ def losses(stdout):
 def answers(stdout):
     """What a run has written after all training."""
     assert stdout.count("--- sample 1 of") == 1
-    return stdout[stdout.index("--- sample 1 of"):]
+    return stdout[stdout.index("--- sample 1 of"):].split("pip install matplotlib")[0]
 
 
 def differences(a, b, at=""):
@@ -196,16 +204,15 @@ def test_a_kept_model_samples_without_text_or_training(overfit, tmp_path):
 def test_a_kept_model_is_trained_further_on_another_text(forks, overfit, tmp_path):
     """--load and --text_file: its weights, but losses of the other text, a best loss that starts
     afresh, and optimizers that have seen nothing yet."""
-    known = [char for char in TEXT[5000:] if char in set(TEXT[:1000])]
-    (tmp_path / "other.txt").write_text("".join(known[:1500]), encoding="utf-8")
+    (tmp_path / "other.txt").write_text(TEXT[800::-1], encoding="utf-8")  # harder: it is reversed
     done = Run(forks, tmp_path, load=overfit.folder / "gpt.pt", text_file="other.txt", max_iters=3,
-               eval_interval=1).end()
+               eval_interval=1, learning_rate=0.001, muon_lr=0.001).end()
     assert done.status == 0, done.stderr
     assert list(done.losses) == [0, 1, 2, 3]
     assert done.kept["best"]["val_loss"] > overfit.kept["best"]["val_loss"]
     lowest = min(val for train, val in done.losses.values())
     assert round(done.kept["best"]["val_loss"], 4) == lowest
-    assert done.losses[0][1] < torch.tensor(float(len(overfit.kept["chars"]))).log()
+    assert done.losses[0][0] < math.log(len(overfit.kept["chars"])), "weights start untrained"
     assert done.kept["chars"] == overfit.kept["chars"] and done.kept["step"] == 3
     assert {int(state["step"]) for state in done.kept["optimizer"]["state"].values()} == {3}
 
@@ -279,26 +286,24 @@ def go_on(forks, killed, whole):
         line = f"step {reached}: "
         sampled = re.search(rf"(?m)^{line}.*\n(.|\n)", killed.stdout) if reached else None
         assert step in ({reached} if sampled else {reached, reached - EVERY})
-        assert killed.kept["best"]["step"] <= step
+        assert EVERY <= step and killed.kept["best"]["step"] <= step
     else:
         assert reached in (None, 0, EVERY)
     numbers = {"resume": "gpt.pt"} if killed.kept else NUMBERS
     done = Run(forks, killed.folder, **numbers).end()
     assert done.status == 0, done.stderr
-    if killed.status == 0:
-        assert done.losses == {}
-    else:
-        assert done.losses == {n: whole.losses[n] for n in range(step or 0, STEPS + 1, EVERY)}
+    again = range(step or 0, STEPS + 1, EVERY) if step != STEPS else []  # else it was finished
+    assert done.losses == {n: whole.losses[n] for n in again}
     assert answers(done.stdout) == answers(whole.stdout)
     assert differences(done.kept, whole.kept) == []
     assert not (killed.folder / "gpt.pt.part").exists()
 
 
 def test_killed_anywhere_a_run_ends_as_if_it_had_not_been(forks, whole, tmp_path):
-    """SIGKILL at 14 moments all over the run, dropout on, before and after the end of an epoch."""
+    """SIGKILL at 20 moments all over the run, dropout on, before and after the end of an epoch."""
     count = len(whole.log)
-    for part in range(14):
-        at = round(count * (part + 0.5) / 14)
+    for part in range(20):
+        at = round(count * (part + 0.5) / 20)
         killed = Run(forks, tmp_path / str(part), at={at: signal.SIGKILL}, **NUMBERS).end()
         assert killed.status == -signal.SIGKILL
         go_on(forks, killed, whole)
@@ -328,7 +333,7 @@ def test_killed_from_outside(forks, whole, tmp_path):
         part, deadline = killed.folder / "gpt.pt.part", time.monotonic() + 60
         while number < 3 and not part.exists() and time.monotonic() < deadline:
             pass
-        time.sleep(0.1 * max(0, number - 2))
+        time.sleep(0.05 * max(0, number - 2))
         os.kill(killed.pid, signal.SIGKILL)
         go_on(forks, killed.end(), whole)
 

@@ -117,7 +117,7 @@ def test_shapes_in_comments_are_those_of_the_tensors(script, least, tmp_path, mo
                 checked.add(line)
 
     def trace(frame, event, arg, last={}):
-        if frame.f_code.co_filename != file:
+        if frame.f_code.co_filename != file or frame.f_code.co_name.startswith("<"):
             return None
         if last.get(frame) in wanted and event in ("line", "return"):
             compare(frame, last[frame])
@@ -129,9 +129,10 @@ def test_shapes_in_comments_are_those_of_the_tensors(script, least, tmp_path, mo
             compare(SimpleNamespace(f_globals=space, f_locals={}), line)
     sys.settrace(trace)
     try:
+        space["LanguageModel"]()
         inputs, targets = space["get_batch"]()
         space["model"](inputs, targets)
-        space["model"].generate(inputs[:, :6], 1)[:, :7]
+        space["model"].generate(inputs, 1)
     finally:
         sys.settrace(None)
     assert checked == set(wanted), f"never checked: {sorted(set(wanted) - checked)}"
