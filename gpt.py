@@ -7,7 +7,7 @@ Shapes in comments: B batch_size, T time (at most block_size), C n_embd, H n_hea
 """
 # %% Imports
 import hashlib, math, os, re, sys, time
-import signal  # Step 15
+import signal, warnings  # Step 15
 from pathlib import Path
 import numpy as np
 import requests
@@ -91,6 +91,7 @@ for arg in argv:
 kept, no_text = None, False
 if load or resume:
     given = {name: globals()[name] for name in [arg[2:].partition("=")[0] for arg in argv]}
+    warnings.simplefilter("ignore")  # what torch thinks of a file that is no model, we say below
     try:
         kept = torch.load(load or resume, map_location="cpu", weights_only=True)
         shape = {k: kept["settings"][k] for k in ("n_embd", "n_head", "n_layer", "block_size")}
@@ -366,7 +367,6 @@ if resume:
         (torch.cuda if gpu else torch).set_rng_state(kept["rng"])
     if first_step >= max_iters:
         print(f"the run in {resume} is finished: it has made its {first_step} adjustments")
-        first_step = max_iters + 1
 def keep(step):
     """Note this step's losses and, if they are the best so far, its weights; write all to save."""
     history[step] = [train_loss, val_loss]
