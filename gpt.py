@@ -367,6 +367,7 @@ if resume:
         (torch.cuda if gpu else torch).set_rng_state(kept["rng"])
     if first_step >= max_iters:
         print(f"the run in {resume} is finished: it has made its {first_step} adjustments")
+        first_step = max_iters + 1
 def keep(step):
     """Note this step's losses and, if they are the best so far, its weights; write all to save."""
     history[step] = [train_loss, val_loss]
@@ -440,8 +441,7 @@ if plt and history and not rank:
     model.eval()(seen[None].to(device))
     figure, axes = plt.subplots(1, n_head + 1, figsize=(5 * n_head + 5, 5), layout="constrained")
     axes[0].plot(list(history), list(history.values()), label=["train loss", "val loss"])
-    axes[0].set(xlabel="adjustments of the weights", title="nats per character")
-    axes[0].legend()
+    axes[0].legend(), axes[0].set(xlabel="adjustments of the weights", title="nats per character")
     for head, axis in enumerate(axes[1:]):
         axis.imshow(model.blocks[-1].attention.weights[0, head].float().cpu(), cmap="Blues")
         axis.set(title=f"head {head + 1}", xlabel="looked at", ylabel="looking")
