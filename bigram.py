@@ -24,7 +24,7 @@ seed = 1337  # the same seed on the same machine gives the same run
 batch_size = 64 if gpu else 8  # how many windows of text are learnt from at once?
 block_size = 256  # how many characters has a window, and so the memory of a prediction?
 max_iters = 1000 if gpu else 1500  # how often are the weights adjusted?
-learning_rate = 0.05  # how far, each time?
+learning_rate = 0.05  # how far does each adjustment go?
 eval_interval = 200 if gpu else 300  # how many adjustments between two measurements of the loss?
 prompt = ""  # what does the sample continue? Empty: a new line; -: what you type
 samples = 1  # how many continuations of it?
@@ -59,7 +59,7 @@ def write_whole(path, write):
         part.unlink(missing_ok=True)
         check(False, f"cannot write {path} (is the disk full?): {str(why).splitlines()[0]}")
 sys.excepthook = explain
-notebook or sys.stdout.reconfigure(errors="replace", line_buffering=True)  # ? if it cannot print
+notebook or sys.stdout.reconfigure(errors="replace", line_buffering=True)  # prints ? if it must
 settings = {k: v for k, v in globals().items() if type(v) in (int, float, str) and k[0] != "_"}
 if "--help" in argv:
     block = Path(__file__).read_text("utf-8").partition("# %% Machinery")[0]
