@@ -34,6 +34,7 @@ def names(script, **numbers):
     A gpt.png may come of it in the working folder: call it with monkeypatch.chdir(tmp_path).
     """
     argv, hook, stdout = sys.argv, sys.excepthook, sys.stdout
+    kernel = sys.modules.pop("ipykernel", None)  # nbclient loads it, and this is no notebook
     sys.argv = [str(script), *options(script, {**TINY, **numbers})]
     space = {"__name__": "__main__", "__file__": str(ROOT / script)}
     try:
@@ -42,6 +43,8 @@ def names(script, **numbers):
         exec(compile(source, str(ROOT / script), "exec"), space)
     finally:
         sys.argv, sys.excepthook, sys.stdout = argv, hook, stdout
+        if kernel:
+            sys.modules["ipykernel"] = kernel
     return space
 
 
