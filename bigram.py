@@ -22,8 +22,8 @@ text_url = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare
 text_sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # its checksum
 seed = 1337  # the same seed on the same machine gives the same run
 batch_size = 64 if gpu else 8  # how many windows of text are learnt from at once?
-block_size = 256  # how many characters has a window, and so the memory of a prediction?
-max_iters = 1000 if gpu else 1500  # how often are the weights adjusted?
+block_size = 256  # how many characters has a window: the most a prediction can look back on?
+max_iters = 1000 if gpu else 1500  # how many times are the weights adjusted?
 learning_rate = 0.05  # how far does each adjustment go?
 eval_interval = 200 if gpu else 300  # how many adjustments between two measurements of the loss?
 prompt = ""  # what does the sample continue? Empty: a new line; -: what you type
@@ -104,13 +104,13 @@ def encode(string):
 def decode(ids):
     """Token ids to the string they stand for; the inverse of encode."""
     return "".join(chars[i] for i in ids)
-# The last tenth is never trained on: the loss there tells whether the model learns the language.
+# The last tenth is never trained on: the loss there tells learning from learning by heart.
 train_data, val_data = encode(text).to(device).tensor_split([int(0.9 * len(text))])
 check(len(val_data) > block_size, f"{text_file=} too short for {block_size=}")
 newline = "\n" if "\n" in chars else (text or chars)[0]  # the start where none is given
 encode("" if prompt == "-" else prompt)  # complain now, not after the training
 
-# %% Batches: windows of the text, in random order, all of it once before any of it twice.
+# %% Batches: windows of the text in random order; one pass (epoch) ends before the next begins.
 rng = torch.Generator(device).manual_seed(seed)  # their own, so that sampling changes no training
 window = torch.arange(block_size + 1, device=device)
 queue = window[:0]  # where the windows start that are still to come
@@ -127,7 +127,7 @@ def get_batch():
     chunk = train_data[at + window].long()  # (B, T+1), in one indexed read
     return chunk[:, :-1], chunk[:, 1:]
 
-# %% The model: from the characters so far to a score for each one that might be next.
+# %% The model: from the characters so far to a score (logit) for each one that might be next.
 class LanguageModel(nn.Module):
     """Row i of a table holds the scores of the characters that may follow character i."""
     def __init__(self):
@@ -137,7 +137,7 @@ class LanguageModel(nn.Module):
         """Map ids (B, T) to logits (B, T, V) and, given targets (B, T), to their loss in nats."""
         assert idx.shape[1] <= block_size, f"{idx.shape[1]} characters exceed {block_size=}"
         logits = self.table(idx)  # (B, T, V)
-        # Targets are ids: cross_entropy looks up their probabilities and takes the mean of -log.
+        # The mean of -ln(probability of the right character, the target's id); V goes to dim 1: .mT
         return logits, None if targets is None else F.cross_entropy(logits.mT, targets)
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, seed=None, stream=False):
@@ -146,10 +146,10 @@ class LanguageModel(nn.Module):
         rng = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         self.eval()
         for _ in range(max_new_tokens):
-            logits = self(idx[:, -block_size:])[0][:, -1]  # (B, V), those of the last position
+            logits = self(idx[:, -block_size:])[0][:, -1]  # (B, V): [0] logits, -1 last position
             logits = logits / temperature  # below 1 widens the gaps: the likeliest wins more often
             kth = logits.topk(min(top_k or vocab_size, vocab_size)).values[:, -1:]  # (B, 1)
-            logits = logits.masked_fill(logits < kth, float("-inf"))  # less than it has no chance
+            logits = logits.masked_fill(logits < kth, float("-inf"))  # below it: probability 0
             new = torch.multinomial(logits.softmax(dim=-1), 1, generator=rng)  # (B, 1)
             idx = torch.cat([idx, new], dim=1)
             if stream:
@@ -167,8 +167,8 @@ def write(start, length, seed):
 # %% Measuring: always on the same windows, so the same model always gets the same number.
 @torch.no_grad()
 def estimate_loss():
-    """Return the mean losses on train_data and val_data, in nats per character, over windows side
-    by side: all that val_data has (2**18 characters if it is longer), and as many of train_data."""
+    """Return the mean losses on train_data and val_data, in nats per character, over windows that
+    do not overlap: all of val_data (or 2**18 characters, spread evenly), as many of train_data."""
     losses, count = [], min(len(val_data) - 1, 2**18) // block_size
     model.eval()  # evaluation mode: nothing is left to chance
     for split in (train_data, val_data):

@@ -1,7 +1,7 @@
 """gpt.py: a GPT, which learns to write from one text and shows how on the way.
     python gpt.py --prompt="ROMEO:"       trains on input.txt, then writes (--help: all options)
 Expect a validation loss of about 1.39 in three minutes on two CPU cores. bigram.py is where
-the lesson starts; every difference from it is one of the numbered steps.
+the lesson starts; "Step N" marks what comes on top of it, so the numbers are not in order here.
 Shapes in comments: B batch_size, T time (at most block_size), C n_embd, H n_head, D head size
 (C = H times D), V vocab_size.
 """
@@ -24,15 +24,15 @@ text_url = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare
 text_sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # its checksum
 seed = 1337  # the same seed on the same machine gives the same run
 batch_size = 64 if gpu else 8  # how many windows of text are learnt from at once?
-block_size = 256  # how many characters has a window, and so the memory of a prediction?
-max_iters = 1000 if gpu else 1500  # how often are the weights adjusted?
+block_size = 256  # how many characters has a window: the most a prediction can look back on?
+max_iters = 1000 if gpu else 1500  # how many times are the weights adjusted?
 learning_rate = 0.004  # how far does each adjustment by AdamW go? (Step 12)
 n_embd = 384 if gpu else 192  # how many numbers describe a character? (Step 1)
 n_head = 4 if gpu else 2  # how many heads look back side by side? (Step 4)
 n_layer = 6 if gpu else 4  # how many blocks lie on top of each other? (Step 9)
-dropout = 0.2 if gpu else 0.0  # which part of every result is set to zero in training? (Step 10)
+dropout = 0.2 if gpu else 0.0  # what fraction of each result is zeroed in training? (Step 10)
 muon_lr = 0.02  # how far does each adjustment by Muon go? (Step 12)
-weight_decay = 0.2 if gpu else 0.1  # how fast do unused weights fade? (Step 12)
+weight_decay = 0.2 if gpu else 0.1  # how strongly does Muon pull weights to zero? (Step 12)
 warmup_iters = 50  # how many adjustments until the full rates? (Step 13)
 dtype = "auto"  # float32, bfloat16, or the faster of them? (Step 14)
 save = "gpt.pt"  # where is the best model kept? Empty: in memory (Step 15)
@@ -145,19 +145,19 @@ def encode(string):
 def decode(ids):
     """Token ids to the string they stand for; the inverse of encode."""
     return "".join(chars[i] for i in ids)
-# The last tenth is never trained on: the loss there tells whether the model learns the language.
+# The last tenth is never trained on: the loss there tells learning from learning by heart.
 train_data, val_data = encode(text).to(device).tensor_split([int(0.9 * len(text))])
 check(no_text or len(val_data) > block_size, f"{text_file=} too short for {block_size=}")  # Step 15
 newline = "\n" if "\n" in chars else (text or chars)[0]  # the start where none is given
 encode("" if prompt == "-" else prompt)  # complain now, not after the training
 
-# %% Step 14: bf16. Numbers of half the width, at several times the speed, where the chip has them.
+# %% Step 14: bf16. Numbers of 16 bits, less exact, but several times faster on some chips.
 can = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}
 fast = can.get("avx512_bf16") or can.get("amx_bf16") or (
     gpu and torch.cuda.is_bf16_supported(including_emulation=False))
 fast_dtype = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and fast else torch.float32
 
-# %% Batches: windows of the text, in random order, all of it once before any of it twice.
+# %% Batches: windows of the text in random order; one pass (epoch) ends before the next begins.
 rng = torch.Generator(device).manual_seed(seed)  # their own, so that sampling changes no training
 window = torch.arange(block_size + 1, device=device)
 queue = window[:0]  # where the windows start that are still to come
@@ -183,40 +183,40 @@ class Attention(nn.Module):
         super().__init__()
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
         self.proj = nn.Linear(n_embd, n_embd, bias=False)
-        # Who can see the next character need not learn to predict it: the mask hides what is later.
+        # A position that saw the next character would copy it: -inf above the diagonal hides it.
         mask = torch.full((block_size, block_size), -math.inf).triu(1)  # (T, T)
         self.register_buffer("mask", mask, persistent=False)
     def forward(self, x):
         T = x.shape[1]
-        # Query: what a position looks for. Key: what it can be found by. Value: what it passes on.
+        # Query: what a position seeks. Key: what it offers; q @ k: the fit. Value: what it gives.
         q, k, v = self.qkv(x).chunk(3, dim=-1)  # each (B, T, C)
         # Step 4: several heads. Each has its own D of the C numbers, and can look for other things.
         q, k, v = (z.unflatten(-1, (n_head, -1)).transpose(1, 2) for z in (q, k, v))  # (B, H, T, D)
-        # Step 5: normalised queries and keys. All of one length, they differ in direction only, so
-        # that no score can grow without bound (Henry et al. 2020, arXiv:2010.04245).
+        # Step 5: normalised queries and keys. All get length sqrt(D), so only direction counts, and
+        # no score exceeds sqrt(D) after the division below (Henry et al. 2020, arXiv:2010.04245).
         q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])  # each (B, H, T, D)
         q, k = rotate(q), rotate(k)  # Step 3
-        # A score is a sum of D products and grows like sqrt(D). Divided by that, scores start out
-        # small, and softmax spreads its weights: all on one position would leave nothing to learn.
-        scores = q / math.sqrt(q.shape[-1]) @ k.mT  # (B, H, T, T)
-        weights = (scores + self.mask[:T, :T].to(q)).softmax(dim=-1)  # (B, H, T, T)
+        # A sum of D products of random sign is about sqrt(D) in size; divided by it, scores start
+        # near 1. Were softmax all but one-hot, almost no gradient would reach queries and keys.
+        scores = q / math.sqrt(q.shape[-1]) @ k.mT  # (B, H, T, T): row looks, column is seen
+        weights = (scores + self.mask[:T, :T].to(q)).softmax(dim=-1)  # (B, H, T, T), hidden: 0
         gathered = weights @ v  # (B, H, T, D)
         self.weights = weights.detach()  # Step 17
-        return self.proj(gathered.transpose(1, 2).flatten(2))
+        return self.proj(gathered.transpose(1, 2).flatten(2))  # (B, T, C): heads joined and mixed
 
-# %% Step 3: positions. Attention as such cannot tell near from far, or before from after.
-speeds = 10000.0 ** -torch.arange(0, 1, 2 * n_head / n_embd, device=device)  # (D/2), 1 to 1/10000
+# %% Step 3: positions. Attention alone knows no order. Fast turns tell near, slow ones far.
+speeds = 10000.0 ** -torch.arange(0, 1, 2 * n_head / n_embd, device=device)  # (D/2), from 1 down
 angles = torch.arange(block_size, device=device)[:, None] * speeds  # (T, D/2)
 def rotate(x):
-    """Turn pairs of numbers in x (B, H, T, D) by angles that grow with the position. A dot product
-    keeps only the difference of two such turns: the distance (Su et al. 2021, arXiv:2104.09864)."""
+    """Turn each pair x[i], x[i + D/2] by position * speeds[i]. The dot product of a turned q and k
+    depends on the distance of their positions only (Su et al. 2021, arXiv:2104.09864)."""
     cos, sin = angles[:x.shape[2]].cos().to(x), angles[:x.shape[2]].sin().to(x)  # each (T, D/2)
     a, b = x.chunk(2, dim=-1)  # each (B, H, T, D/2)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 # %% Step 6: feed-forward. What a position has gathered, it now thinks over by itself.
 class FeedForward(nn.Module):
-    """(B, T, C) to (B, T, C): two linear maps, and a bend (squared ReLU) that keeps them two."""
+    """(B, T, C) to (B, T, C): two linear maps, and a squared ReLU, or the two would equal one."""
     def __init__(self):
         super().__init__()
         self.up = nn.Linear(n_embd, 4 * n_embd, bias=False)
@@ -228,7 +228,7 @@ class FeedForward(nn.Module):
 def shift(x):
     """Keep half the numbers of x (B, T, C), take a quarter from the position before, and a quarter
     from the one before that (after Peng et al. 2023, arXiv:2305.13048)."""
-    past = F.pad(x, (0, 0, 2, 0))  # (B, T+2, C): two empty positions in front
+    past = F.pad(x, (0, 0, 2, 0))  # (B, T+2, C), two zero rows in front: past[:, t] is x[:, t - 2]
     half, quarter = n_embd // 2, n_embd // 4
     return torch.cat([x[..., :half], past[:, 1:-1, half:-quarter], past[:, :-2, -quarter:]], dim=-1)
 
@@ -238,19 +238,19 @@ class Block(nn.Module):
     def __init__(self):
         super().__init__()
         self.attention, self.feed_forward = Attention(), FeedForward()
-        # Step 8: residual connections and LayerNorm. x + f(x) lets a block add to what is there and
-        # lets the gradient pass unhindered; a norm before f, not after the sum, leaves it that way.
+        # Step 8: residual connections and LayerNorm. x + f(x) only adds to x: gradients reach early
+        # blocks undimmed. Only what f reads is normed (mean 0, variance 1), never x itself.
         self.norm1, self.norm2 = nn.LayerNorm(n_embd, bias=False), nn.LayerNorm(n_embd, bias=False)
-        # Step 10: dropout. Zeros at random places keep the model from relying on any one number.
-        # In training only: in use, all numbers are wanted.
+        # Step 10: dropout. In training, numbers are zeroed at random, so none can be relied on
+        # alone; in use (model.eval()) nothing is zeroed.
         self.dropout = nn.Dropout(dropout)
     def forward(self, x):
         x = x + self.dropout(self.attention(shift(self.norm1(x))))  # (B, T, C)
         return x + self.dropout(self.feed_forward(shift(self.norm2(x))))
 
-# %% The model: from the characters so far to a score for each one that might be next.
+# %% The model: from the characters so far to a score (logit) for each one that might be next.
 class LanguageModel(nn.Module):
-    """Step 1: an embedding and a head. A character becomes C numbers, and they become V scores."""
+    """Step 1: an embedding and a head. Id to C numbers; these to V scores (no attention head)."""
     def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, n_embd)
@@ -258,8 +258,8 @@ class LanguageModel(nn.Module):
         self.blocks = nn.Sequential(*[Block() for _ in range(n_layer)])
         self.norm = nn.LayerNorm(n_embd, bias=False)
         self.head = nn.Linear(n_embd, vocab_size, bias=False)
-        # Step 11: initialisation. What ends a branch starts at zero: every block at first adds
-        # nothing, all characters are equally likely, and the loss is ln(vocab_size).
+        # Step 11: initialisation. The last layer of each f(x), and the head, start at zero: blocks
+        # add nothing yet, all characters are equally likely, and the loss is ln(vocab_size).
         for name, weight in self.named_parameters():
             if name.endswith(("proj.weight", "down.weight", "head.weight")):
                 nn.init.zeros_(weight)
@@ -270,7 +270,7 @@ class LanguageModel(nn.Module):
         x = self.embedding(idx)  # (B, T, C), Step 1
         x = self.blocks(x)  # (B, T, C), Step 9
         logits = self.head(self.norm(x)).float()  # (B, T, V)
-        # Targets are ids: cross_entropy looks up their probabilities and takes the mean of -log.
+        # The mean of -ln(probability of the right character, the target's id); V goes to dim 1: .mT
         return logits, None if targets is None else F.cross_entropy(logits.mT, targets)
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, seed=None, stream=False):
@@ -279,10 +279,10 @@ class LanguageModel(nn.Module):
         rng = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         self.eval()
         for _ in range(max_new_tokens):
-            logits = self(idx[:, -block_size:])[0][:, -1]  # (B, V), those of the last position
+            logits = self(idx[:, -block_size:])[0][:, -1]  # (B, V): [0] logits, -1 last position
             logits = logits / temperature  # below 1 widens the gaps: the likeliest wins more often
             kth = logits.topk(min(top_k or vocab_size, vocab_size)).values[:, -1:]  # (B, 1)
-            logits = logits.masked_fill(logits < kth, float("-inf"))  # less than it has no chance
+            logits = logits.masked_fill(logits < kth, float("-inf"))  # below it: probability 0
             new = torch.multinomial(logits.softmax(dim=-1), 1, generator=rng)  # (B, 1)
             idx = torch.cat([idx, new], dim=1)
             if stream:
@@ -292,8 +292,8 @@ class LanguageModel(nn.Module):
 
 # %% Step 12: Muon. Every direction of a weight matrix learns at the same pace.
 class Muon(torch.optim.Optimizer):
-    """Gradients are mostly a few strong directions. AdamW scales number by number and keeps it so;
-    Muon makes them all equally strong (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
+    """A gradient matrix mostly pushes along a few directions (its large singular values). Muon, not
+    AdamW, makes all pushes about equal (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
     def __init__(self, matrices, lr):
         shapes = {m.shape: [w for w in matrices if w.shape == m.shape] for m in matrices}
         super().__init__([{"params": same} for same in shapes.values()], {"lr": lr})
@@ -303,7 +303,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, grad = group["lr"], torch.stack([weight.grad for weight in group["params"]])
             mean = self.state[group["params"][0]].setdefault("mean", torch.zeros_like(grad))
-            mean.lerp_(grad, 0.05)
+            mean.lerp_(grad, 0.05)  # momentum: 95% of the old mean, 5% of the new gradient
             new = orthogonalize(grad.lerp(mean, 0.95)) * max(1, grad.shape[1] / grad.shape[2])**0.5
             for weight, change in zip(group["params"], new):
                 weight.mul_(1 - lr * weight_decay).sub_(change, alpha=lr)
@@ -329,8 +329,8 @@ def write(start, length, seed):
 # %% Measuring: always on the same windows, so the same model always gets the same number.
 @torch.no_grad()
 def estimate_loss():
-    """Return the mean losses on train_data and val_data, in nats per character, over windows side
-    by side: all that val_data has (2**18 characters if it is longer), and as many of train_data."""
+    """Return the mean losses on train_data and val_data, in nats per character, over windows that
+    do not overlap: all of val_data (or 2**18 characters, spread evenly), as many of train_data."""
     losses, count = [], min(len(val_data) - 1, 2**18) // block_size
     model.eval()  # evaluation mode: nothing is left to chance
     for split in (train_data, val_data):
@@ -385,7 +385,7 @@ def keep(step):
 # %% Training
 print(f"{device}: {sum(p.numel() for p in model.parameters()):,} parameters learn {text_file}, "
       f"{len(text):,} characters\nguessing among {vocab_size}: loss {math.log(vocab_size):.4f}")
-# Step 15 too: a first Ctrl-C ends the training after this adjustment, a second one everything.
+# Step 15 too: Ctrl-C ends the training after this adjustment, a second one ends everything.
 usual = signal.signal(signal.SIGINT, lambda n, _: interrupted.append(signal.signal(n, usual)))
 for step in range(first_step, max_iters + 1):  # Step 15
     last = step == max_iters
@@ -399,7 +399,7 @@ for step in range(first_step, max_iters + 1):  # Step 15
         write(newline, 80, seed)
     if last:
         break
-    # Step 13: learning-rate schedule. Small steps first, while all is new, and last, to settle.
+    # Step 13: learning-rate schedule. Rise over warmup_iters, while all is new; then fall to 0.
     rate = min((step + 1) / (warmup_iters + 1), 1 - step / max_iters)
     for which, full_rate in ((optimizer, learning_rate), (muon, muon_lr)):
         for group in which.param_groups:
