@@ -117,9 +117,10 @@ def test_batches_read_all_of_the_text_before_any_of_it_twice(space):
     assert not first & set(second[size:])  # the next epoch cuts the text elsewhere
 
 
-def test_measuring_and_sampling_do_not_change_the_batches(tmp_path, monkeypatch):
+def test_measuring_and_sampling_do_not_change_the_batches(small_text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    runs = [names("gpt.py", max_iters=12, eval_interval=n, samples=m) for n, m in ((1, 3), (12, 1))]
+    runs = [names("gpt.py", text_file=small_text, max_iters=12, eval_interval=n, samples=m)
+            for n, m in ((1, 3), (12, 1))]
     for a, b in zip(runs[0]["model"].parameters(), runs[1]["model"].parameters()):
         assert torch.equal(a, b)
 
