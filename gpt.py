@@ -25,7 +25,7 @@ text_sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 seed = 1337  # the same seed on the same machine gives the same run
 batch_size = 64 if gpu else 8  # how many windows of text are learnt from at once?
 block_size = 256  # how many characters has a window: the most a prediction can look back on?
-max_iters = 1000 if gpu else 1500  # how many times are the weights adjusted?
+max_iters = 1000 if gpu else 1250  # how many times are the weights adjusted?
 learning_rate = 0.004  # how far does each adjustment by AdamW go? (Step 12)
 n_embd = 384 if gpu else 192  # how many numbers describe a character? (Step 1)
 n_head = 4 if gpu else 2  # how many heads look back side by side? (Step 4)
@@ -33,12 +33,11 @@ n_layer = 6 if gpu else 4  # how many blocks lie on top of each other? (Step 9)
 dropout = 0.2 if gpu else 0.0  # what fraction of each result is zeroed in training? (Step 10)
 muon_lr = 0.02  # how far does each adjustment by Muon go? (Step 12)
 weight_decay = 0.2 if gpu else 0.1  # how strongly does Muon pull weights to zero? (Step 12)
-warmup_iters = 50  # how many adjustments until the full rates? (Step 13)
 dtype = "auto"  # float32, bfloat16, or the faster of them? (Step 14)
 save = "gpt.pt"  # where is the best model kept? Empty: in memory (Step 15)
 load = ""  # which kept model to start from? (Step 15)
 resume = ""  # which kept run to go on with? (Step 15)
-eval_interval = 200 if gpu else 300  # how many adjustments between two measurements of the loss?
+eval_interval = 200 if gpu else 250  # how many adjustments between two measurements of the loss?
 prompt = ""  # what does the sample continue? Empty: a new line; -: what you type
 samples = 1  # how many continuations of it?
 max_new_tokens = 500  # how many characters has each?
@@ -104,7 +103,7 @@ if load or resume:
 for name, least in dict(batch_size=1, block_size=1, max_iters=0, learning_rate=0, eval_interval=1,
                         seed=0, samples=1, max_new_tokens=0, temperature=0.001, top_k=0,
                         n_embd=1, n_head=1, n_layer=1,  # Step 1, Step 4, Step 9
-                        dropout=0, muon_lr=0, weight_decay=0, warmup_iters=0).items():
+                        dropout=0, muon_lr=0, weight_decay=0).items():
     check(globals()[name] >= least, f"{name}={globals()[name]} should be {least} or more")
 check(dropout < 1, f"{dropout=} should be below 1")  # Step 10
 check(n_embd % (4 * n_head) == 0, f"{n_embd=} should be a multiple of 4 * n_head = {4 * n_head}")
@@ -156,6 +155,7 @@ can = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}
 fast = can.get("avx512_bf16") or can.get("amx_bf16") or (
     gpu and torch.cuda.is_bf16_supported(including_emulation=False))
 fast_dtype = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and fast else torch.float32
+autocast = torch.autocast(torch.device(device).type, fast_dtype, fast_dtype != torch.float32)
 
 # %% Batches: windows of the text in random order; one pass (epoch) ends before the next begins.
 rng = torch.Generator(device).manual_seed(seed)  # their own, so that sampling changes no training
@@ -257,19 +257,16 @@ class LanguageModel(nn.Module):
         # Step 9: depth. Blocks in a row: what one has found out, the next can build on.
         self.blocks = nn.Sequential(*[Block() for _ in range(n_layer)])
         self.norm = nn.LayerNorm(n_embd, bias=False)
-        self.head = nn.Linear(n_embd, vocab_size, bias=False)
-        # Step 11: initialisation. The last layer of each f(x), and the head, start at zero: blocks
-        # add nothing yet, all characters are equally likely, and the loss is ln(vocab_size).
-        for name, weight in self.named_parameters():
-            if name.endswith(("proj.weight", "down.weight", "head.weight")):
-                nn.init.zeros_(weight)
-    @torch.autocast(torch.device(device).type, torch.bfloat16, enabled=fast_dtype == torch.bfloat16)
+        self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
+        # Step 11: initialisation. All scores start at 0, so all characters are equally likely.
+        nn.init.zeros_(self.lm_head.weight)
+    @autocast  # Step 14
     def forward(self, idx, targets=None):
         """Map ids (B, T) to logits (B, T, V) and, given targets (B, T), to their loss in nats."""
         assert idx.shape[1] <= block_size, f"{idx.shape[1]} characters exceed {block_size=}"
         x = self.embedding(idx)  # (B, T, C), Step 1
         x = self.blocks(x)  # (B, T, C), Step 9
-        logits = self.head(self.norm(x)).float()  # (B, T, V)
+        logits = self.lm_head(self.norm(x)).float()  # (B, T, V)
         # The mean of -ln(probability of the right character, the target's id); V goes to dim 1: .mT
         return logits, None if targets is None else F.cross_entropy(logits.mT, targets)
     @torch.no_grad()
@@ -355,7 +352,7 @@ def show_progress(step, loss):
 
 # %% Step 15 (to skip): the best model and the state of the run, in one file.
 parts = {"model": model, "optimizer": optimizer, "muon": muon}
-best, first_step, history, interrupted = {"val_loss": math.inf}, int(no_text), {}, []
+best, first_step, history, interrupted = {"val_loss": math.inf}, 0, {}, []
 if kept:
     model.load_state_dict(kept["best"]["weights"])
 if resume:
@@ -385,9 +382,11 @@ def keep(step):
 # %% Training
 print(f"{device}: {sum(p.numel() for p in model.parameters()):,} parameters learn {text_file}, "
       f"{len(text):,} characters\nguessing among {vocab_size}: loss {math.log(vocab_size):.4f}")
-# Step 15 too: Ctrl-C ends the training after this adjustment, a second one ends everything.
-usual = signal.signal(signal.SIGINT, lambda n, _: interrupted.append(signal.signal(n, usual)))
-for step in range(first_step, max_iters + 1):  # Step 15
+def interrupt(number, frame):
+    """End the training after this adjustment; a second Ctrl-C ends everything (Step 15)."""
+    interrupted.append(signal.signal(number, usual))
+usual = signal.signal(signal.SIGINT, interrupt)
+for step in [] if no_text else range(first_step, max_iters + 1):  # Step 15
     last = step == max_iters
     last = last or bool(interrupted)  # Step 15
     if step % eval_interval == 0 or last:
@@ -399,8 +398,8 @@ for step in range(first_step, max_iters + 1):  # Step 15
         write(newline, 80, seed)
     if last:
         break
-    # Step 13: learning-rate schedule. Rise over warmup_iters, while all is new; then fall to 0.
-    rate = min((step + 1) / (warmup_iters + 1), 1 - step / max_iters)
+    # Step 13: learning-rate schedule. Long strides at first; ever shorter ones, to settle down.
+    rate = 1 - step / max_iters
     for which, full_rate in ((optimizer, learning_rate), (muon, muon_lr)):
         for group in which.param_groups:
             group["lr"] = rate * full_rate
@@ -435,7 +434,8 @@ for start in map(str.strip, sys.stdin) if prompt == "-" else [prompt]:
 try:
     import matplotlib.pyplot as plt
 except ImportError:
-    plt = print("pip install matplotlib, and a picture of the model appears here as gpt.png")
+    plt = None
+    print("pip install matplotlib, and a picture of the model appears here as gpt.png")
 if plt and history and not rank:
     seen = encode((prompt.strip("-") + decode(val_data[:32]))[:min(32, block_size)])
     model.eval()(seen[None].to(device))

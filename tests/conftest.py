@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "input.txt").read_text(encoding="utf-8")
 TINY = {"n_embd": 16, "n_head": 2, "n_layer": 2, "block_size": 16, "batch_size": 4, "max_iters": 0,
-        "eval_interval": 5, "max_new_tokens": 5, "warmup_iters": 2, "dtype": "float32", "save": ""}
-GPT_ONLY = {"n_embd", "n_head", "n_layer", "warmup_iters", "dtype", "save", "load", "resume",
+        "eval_interval": 5, "max_new_tokens": 5, "dtype": "float32", "save": ""}
+GPT_ONLY = {"n_embd", "n_head", "n_layer", "dtype", "save", "load", "resume",
             "dropout", "muon_lr", "weight_decay"}
 
 

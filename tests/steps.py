@@ -25,11 +25,6 @@ from threading import Lock
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "tests" / "results" / "steps.json"
 NORMS = "nn.LayerNorm(n_embd, bias=False), nn.LayerNorm(n_embd, bias=False)"
-INIT = '''        for name, weight in self.named_parameters():
-            if name.endswith(("proj.weight", "down.weight", "head.weight")):
-                nn.init.zeros_(weight)
-'''
-SCHEDULE = "    rate = min((step + 1) / (warmup_iters + 1), 1 - step / max_iters)\n"
 ADAMW = "optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)"
 BOTH = "optimizer, muon = torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, lr=muon_lr)"
 RMS = "F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])"
@@ -48,16 +43,15 @@ EDITS = {
         (NORMS, "nn.Identity(), nn.Identity()"),
         ("self.norm = nn.LayerNorm(n_embd, bias=False)", "self.norm = nn.Identity()")],
     9: [("n_layer = 6 if gpu else 4", "n_layer = 1")],
-    11: [(INIT, "")],
+    11: [("        nn.init.zeros_(self.lm_head.weight)\n", "")],
     12: [(BOTH, ADAMW), (', "muon": muon}', "}"), (", (muon, muon_lr))", ",)"),
          ("    muon.step()  # Step 12\n", "")],
-    13: [(SCHEDULE, "    rate = 1\n")],
+    13: [("    rate = 1 - step / max_iters\n", "    rate = 1\n")],
     14: [('dtype = "auto"', 'dtype = "float32"')],
 }
 UNUSED = {2: ["Attention"], 3: ["speeds", "angles", "rotate"], 6: ["FeedForward"], 7: ["shift"],
           12: ["Muon", "orthogonalize", "matrices", "others"]}
-NOTES = {8: "and without step 11: zeros at the end of each branch need something to be added to",
-         12: "AdamW at 0.004 for all weights", 14: "in float32"}
+NOTES = {12: "AdamW at 0.004 for all weights", 14: "in float32"}
 LADDER = [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13]
 
 
@@ -68,7 +62,6 @@ def titles(source):
 
 def without(source, gone):
     """Return the source text without these steps; an edit that does not fit once is an error."""
-    gone = set(gone) | ({11} if 8 in gone else set())
     for step in sorted(gone):
         for old, new in EDITS[step]:
             if source.count(old) != 1:

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork a
 GPT = ROOT / "gpt.py"
 STEPS, EVERY, BATCH, BLOCK = 12, 2, 8, 16
 NUMBERS = {"n_embd": 16, "n_head": 2, "n_layer": 1, "block_size": BLOCK, "batch_size": BATCH,
-           "max_iters": STEPS, "eval_interval": EVERY, "max_new_tokens": 9, "warmup_iters": 2,
+           "max_iters": STEPS, "eval_interval": EVERY, "max_new_tokens": 9,
            "dtype": "float32", "dropout": 0.2, "text_file": "text.txt"}
 OVERFIT = NUMBERS | {"max_iters": 40, "eval_interval": 5, "batch_size": 32, "dropout": 0.0,
                      "learning_rate": 0.02, "muon_lr": 0.1, "weight_decay": 0.0}
