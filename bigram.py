@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 # %% Hyperparameters: change them here or by --name=value. Of two values, the first is for CUDA.
-argv = [] if (notebook := "ipykernel" in sys.modules) else sys.argv[1:]
+argv = [] if (notebook := "ipykernel" in sys.modules) else sys.argv[1:]  # options
 device = "cuda" if torch.cuda.is_available() else "cpu"  # what computes: cuda, cpu or mps?
-gpu = dict(arg.partition("=")[::2] for arg in argv).get("--device", device).startswith("cuda")
+gpu = [device, *(arg[9:] for arg in argv if arg[:9] == "--device=")][-1].startswith("cuda")
 text_file = "input.txt"  # what to learn from: any text in UTF-8
-text_url = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"  # else
+text_url = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"  # or
 text_sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # its checksum
 seed = 1337  # the same seed on the same machine gives the same run
 batch_size = 64 if gpu else 8  # how many windows of text are learnt from at once?
@@ -107,23 +107,23 @@ def decode(ids):
 # The last tenth is never trained on: the loss there tells learning from learning by heart.
 train_data, val_data = encode(text).to(device).tensor_split([int(0.9 * len(text))])
 check(len(val_data) > block_size, f"{text_file=} too short for {block_size=}")
-newline = "\n" if "\n" in chars else (text or chars)[0]  # the start where none is given
+newline = "\n" if "\n" in chars else chars[0]  # the start where none is given
 encode("" if prompt == "-" else prompt)  # complain now, not after the training
 
 # %% Batches: windows of the text in random order; one pass (epoch) ends before the next begins.
-rng = torch.Generator(device).manual_seed(seed)  # their own, so that sampling changes no training
+rng = torch.Generator(device).manual_seed(seed)  # for windows only: samples change no training
 window = torch.arange(block_size + 1, device=device)
-queue = window[:0]  # where the windows start that are still to come
+queue = window[:0]  # empty: places in the text where the windows still to come start
 def get_batch():
     """Return inputs and targets, both (B, T). The targets are the inputs one character later, so
     every position is an example: given the characters up to here, which one comes next?"""
     global queue
     while len(queue) < batch_size:  # an epoch is over: cut the text anew, somewhere else
-        room = len(train_data) - block_size
-        offset = torch.randint(min(block_size, room), (1,), device=device, generator=rng).item()
-        cuts = torch.arange(offset, room, block_size, device=device)
+        end = len(train_data) - block_size
+        offset = torch.randint(min(block_size, end), (1,), device=device, generator=rng).item()
+        cuts = torch.arange(offset, end, block_size, device=device)
         queue = torch.cat([queue, cuts[torch.randperm(len(cuts), device=device, generator=rng)]])
-    at, queue = queue[:batch_size, None], queue[batch_size:]  # (B, 1)
+    at, queue = queue[:batch_size, None], queue[batch_size:]  # (B, 1); with window, (B, T+1)
     chunk = train_data[at + window].long()  # (B, T+1), in one indexed read
     return chunk[:, :-1], chunk[:, 1:]
 
@@ -137,8 +137,8 @@ class LanguageModel(nn.Module):
         """Map ids (B, T) to logits (B, T, V) and, given targets (B, T), to their loss in nats."""
         assert idx.shape[1] <= block_size, f"{idx.shape[1]} characters exceed {block_size=}"
         logits = self.table(idx)  # (B, T, V)
-        # The mean of -ln(probability of the right character, the target's id); V goes to dim 1: .mT
-        return logits, None if targets is None else F.cross_entropy(logits.mT, targets)
+        # Mean of -ln(probability of the target's id). V has to be dim 1: .mT swaps the last two.
+        return logits, (None if targets is None else F.cross_entropy(logits.mT, targets))
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, seed=None, stream=False):
         """Continue ids (B, T) one by one, repeatably with a seed; stream prints the first row."""
@@ -149,7 +149,7 @@ class LanguageModel(nn.Module):
             logits = self(idx[:, -block_size:])[0][:, -1]  # (B, V): [0] logits, -1 last position
             logits = logits / temperature  # below 1 widens the gaps: the likeliest wins more often
             kth = logits.topk(min(top_k or vocab_size, vocab_size)).values[:, -1:]  # (B, 1)
-            logits = logits.masked_fill(logits < kth, float("-inf"))  # below it: probability 0
+            logits = logits.masked_fill(logits < kth, -math.inf)  # those below it: probability 0
             new = torch.multinomial(logits.softmax(dim=-1), 1, generator=rng)  # (B, 1)
             idx = torch.cat([idx, new], dim=1)
             if stream:
@@ -167,11 +167,11 @@ def write(start, length, seed):
 # %% Measuring: always on the same windows, so the same model always gets the same number.
 @torch.no_grad()
 def estimate_loss():
-    """Return the mean losses on train_data and val_data, in nats per character, over windows that
-    do not overlap: all of val_data (or 2**18 characters, spread evenly), as many of train_data."""
+    """Mean losses on train_data and val_data, nats per character, of 2**18 characters at most."""
     losses, count = [], min(len(val_data) - 1, 2**18) // block_size
     model.eval()  # evaluation mode: nothing is left to chance
     for split in (train_data, val_data):
+        # Of all the windows that the split can be cut into, count of them, spread evenly.
         places = torch.arange(count, device=device) * ((len(split) - 1) // block_size) // count
         chunks = split[places[:, None] * block_size + window].long().split(batch_size)
         total = sum(float(model(c[:, :-1], c[:, 1:])[1]) * len(c) for c in chunks)
@@ -183,7 +183,7 @@ def show_progress(step, loss):
     """After each step: end a run gone wrong; tell speed and time left (once if no terminal)."""
     times.append(time.perf_counter())
     recent.append(loss.detach())
-    value = float(recent[-2:][0])  # of the step before: with this one a GPU may still be busy
+    value = float(recent[-2:][0])  # of the step before, if any: a GPU may not have done this one
     check(math.isfinite(value), f"the loss is {value} since step {step - 1}: lower the rates")
     pace = (times[-1] - times[0] + 1e-9) / max(1, len(times) - 1)  # seconds per step
     speed, left = batch_size * block_size / pace, pace * (max_iters - 1 - step) / 60
@@ -198,7 +198,7 @@ for step in range(max_iters + 1):
     last = step == max_iters
     if step % eval_interval == 0 or last:
         train_loss, val_loss = estimate_loss()
-        print(" " * 79 * terminal, end="\r" * terminal)  # wipe the status line
+        terminal and print(" " * 79, end="\r")  # wipe the status line
         print(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         check(math.isfinite(val_loss), f"the loss is {val_loss} since step {step}: lower the rates")
         write(newline, 80, seed)
@@ -206,15 +206,15 @@ for step in range(max_iters + 1):
         break
     inputs, targets = get_batch()
     logits, loss = model(inputs, targets)
-    model.zero_grad()
+    model.zero_grad()  # or the new gradients would be added to the old
     loss.backward()
     optimizer.step()
     show_progress(step, loss)
 
 # %% Writing: the prompt, and what might come after it.
-for start in map(str.strip, sys.stdin) if prompt == "-" else [prompt]:
-    if not set(start) <= set(chars):
-        print(f"some of these characters are unknown; known are {''.join(chars)!r}")
-    for i in range(samples if set(start) <= set(chars) else 0):
+for start in (map(str.strip, sys.stdin) if prompt == "-" else [prompt]):
+    known = set(start) <= set(chars)
+    known or print(f"some of these characters are unknown; known are {''.join(chars)!r}")
+    for i in range(samples if known else 0):
         print(f"--- sample {i + 1} of {samples} ---")
         write(start or newline, max_new_tokens, seed + i)

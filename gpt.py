@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 
 # %% Hyperparameters: change them here or by --name=value. Of two values, the first is for CUDA.
-argv = [] if (notebook := "ipykernel" in sys.modules) else sys.argv[1:]
+argv = [] if (notebook := "ipykernel" in sys.modules) else sys.argv[1:]  # options
 device = "cuda" if torch.cuda.is_available() else "cpu"  # what computes: cuda, cpu or mps?
-gpu = dict(arg.partition("=")[::2] for arg in argv).get("--device", device).startswith("cuda")
+gpu = [device, *(arg[9:] for arg in argv if arg[:9] == "--device=")][-1].startswith("cuda")
 text_file = "input.txt"  # what to learn from: any text in UTF-8
-text_url = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"  # else
+text_url = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"  # or
 text_sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # its checksum
 seed = 1337  # the same seed on the same machine gives the same run
 batch_size = 64 if gpu else 8  # how many windows of text are learnt from at once?
@@ -147,35 +147,35 @@ def decode(ids):
 # The last tenth is never trained on: the loss there tells learning from learning by heart.
 train_data, val_data = encode(text).to(device).tensor_split([int(0.9 * len(text))])
 check(no_text or len(val_data) > block_size, f"{text_file=} too short for {block_size=}")  # Step 15
-newline = "\n" if "\n" in chars else (text or chars)[0]  # the start where none is given
+newline = "\n" if "\n" in chars else chars[0]  # the start where none is given
 encode("" if prompt == "-" else prompt)  # complain now, not after the training
 
-# %% Step 14: bf16. Numbers of 16 bits, less exact, but several times faster on some chips.
+# %% Step 14: bf16. Matrix products in 16 bits: less exact, several times faster on some chips.
 can = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}
-fast = can.get("avx512_bf16") or can.get("amx_bf16") or (
+fast = dtype == "bfloat16" or can.get("avx512_bf16") or can.get("amx_bf16") or (
     gpu and torch.cuda.is_bf16_supported(including_emulation=False))
-fast_dtype = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and fast else torch.float32
+fast_dtype = torch.bfloat16 if fast and dtype != "float32" else torch.float32
 autocast = torch.autocast(torch.device(device).type, fast_dtype, fast_dtype != torch.float32)
 
 # %% Batches: windows of the text in random order; one pass (epoch) ends before the next begins.
-rng = torch.Generator(device).manual_seed(seed)  # their own, so that sampling changes no training
+rng = torch.Generator(device).manual_seed(seed)  # for windows only: samples change no training
 window = torch.arange(block_size + 1, device=device)
-queue = window[:0]  # where the windows start that are still to come
+queue = window[:0]  # empty: places in the text where the windows still to come start
 def get_batch():
     """Return inputs and targets, both (B, T). The targets are the inputs one character later, so
     every position is an example: given the characters up to here, which one comes next?"""
     global queue
     while len(queue) < batch_size:  # an epoch is over: cut the text anew, somewhere else
-        room = len(train_data) - block_size
-        offset = torch.randint(min(block_size, room), (1,), device=device, generator=rng).item()
-        cuts = torch.arange(offset, room, block_size, device=device)
+        end = len(train_data) - block_size
+        offset = torch.randint(min(block_size, end), (1,), device=device, generator=rng).item()
+        cuts = torch.arange(offset, end, block_size, device=device)
         queue = torch.cat([queue, cuts[torch.randperm(len(cuts), device=device, generator=rng)]])
-    at, queue = queue[:batch_size, None], queue[batch_size:]  # (B, 1)
+    at, queue = queue[:batch_size, None], queue[batch_size:]  # (B, 1); with window, (B, T+1)
     at = at[rank::world]  # Step 16
     chunk = train_data[at + window].long()  # (B, T+1), in one indexed read
     return chunk[:, :-1], chunk[:, 1:]
 
-# %% Step 2: attention. A position looks back and gathers what it needs, from wherever it stands.
+# %% Step 2: attention. A position looks back and gathers what it needs, however far back it is.
 class Attention(nn.Module):
     """(B, T, C) to (B, T, C): weighted sums of what came so far (Vaswani 2017, arXiv:1706.03762).
     To see one head first, read it with n_head = 1: then H is 1, and D is C."""
@@ -185,50 +185,50 @@ class Attention(nn.Module):
         self.proj = nn.Linear(n_embd, n_embd, bias=False)
         # A position that saw the next character would copy it: -inf above the diagonal hides it.
         mask = torch.full((block_size, block_size), -math.inf).triu(1)  # (T, T)
-        self.register_buffer("mask", mask, persistent=False)
+        self.register_buffer("mask", mask, persistent=False)  # goes along to a GPU, is not saved
     def forward(self, x):
         T = x.shape[1]
-        # Query: what a position seeks. Key: what it offers; q @ k: the fit. Value: what it gives.
+        # Query: what a position seeks. Key: what it offers; q @ k.mT: fits. Value: what it gives.
         q, k, v = self.qkv(x).chunk(3, dim=-1)  # each (B, T, C)
-        # Step 4: several heads. Each has its own D of the C numbers, and can look for other things.
+        # Step 4: several heads. Each has D of the C numbers for itself. H joins B: @ takes (T, D).
         q, k, v = (z.unflatten(-1, (n_head, -1)).transpose(1, 2) for z in (q, k, v))  # (B, H, T, D)
-        # Step 5: normalised queries and keys. All get length sqrt(D), so only direction counts, and
-        # no score exceeds sqrt(D) after the division below (Henry et al. 2020, arXiv:2010.04245).
+        # Step 5: normalised queries and keys. All get mean square 1: only direction counts, and no
+        # score can exceed sqrt(D), however large the weights grow (Henry 2020, arXiv:2010.04245).
         q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])  # each (B, H, T, D)
-        q, k = rotate(q), rotate(k)  # Step 3
+        q, k = rotate(q), rotate(k)  # Step 3. What is passed on, v, has no need to turn.
         # A sum of D products of random sign is about sqrt(D) in size; divided by it, scores start
-        # near 1. Were softmax all but one-hot, almost no gradient would reach queries and keys.
-        scores = q / math.sqrt(q.shape[-1]) @ k.mT  # (B, H, T, T): row looks, column is seen
-        weights = (scores + self.mask[:T, :T].to(q)).softmax(dim=-1)  # (B, H, T, T), hidden: 0
+        # near 1. If softmax gave one of them nearly all, hardly any gradient would reach q and k.
+        scores = (q / math.sqrt(q.shape[-1])) @ k.mT  # (B, H, T, T): row looks, column is seen
+        weights = (scores + self.mask[:T, :T].to(q)).softmax(dim=-1)  # (B, H, T, T), rows sum to 1
         gathered = weights @ v  # (B, H, T, D)
-        self.weights = weights.detach()  # Step 17
+        self.pattern = weights.detach()  # Step 17 shows it
         return self.proj(gathered.transpose(1, 2).flatten(2))  # (B, T, C): heads joined and mixed
 
-# %% Step 3: positions. Attention alone knows no order. Fast turns tell near, slow ones far.
-speeds = 10000.0 ** -torch.arange(0, 1, 2 * n_head / n_embd, device=device)  # (D/2), from 1 down
+# %% Step 3: positions. Attention alone knows no order. Clock hands tell it: some fast, some slow.
+speeds = 10000 ** -torch.linspace(0, 1, n_embd // n_head // 2, device=device)  # (D/2), 1 to 0.0001
 angles = torch.arange(block_size, device=device)[:, None] * speeds  # (T, D/2)
 def rotate(x):
-    """Turn each pair x[i], x[i + D/2] by position * speeds[i]. The dot product of a turned q and k
-    depends on the distance of their positions only (Su et al. 2021, arXiv:2104.09864)."""
+    """Turn each pair x[i], x[i + D/2] by position * speeds[i]. If q and k are both turned, q @ k.mT
+    changes by the difference of their turns: the distance (Su et al. 2021, arXiv:2104.09864)."""
     cos, sin = angles[:x.shape[2]].cos().to(x), angles[:x.shape[2]].sin().to(x)  # each (T, D/2)
     a, b = x.chunk(2, dim=-1)  # each (B, H, T, D/2)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 # %% Step 6: feed-forward. What a position has gathered, it now thinks over by itself.
 class FeedForward(nn.Module):
-    """(B, T, C) to (B, T, C): two linear maps, and a squared ReLU, or the two would equal one."""
+    """(B, T, C) to (B, T, C): two linear maps; without the squared ReLU they would be only one."""
     def __init__(self):
         super().__init__()
         self.up = nn.Linear(n_embd, 4 * n_embd, bias=False)
         self.down = nn.Linear(4 * n_embd, n_embd, bias=False)
     def forward(self, x):
-        return self.down(self.up(x).relu_().square())
+        return self.down(self.up(x).relu_().square())  # relu_: in place, which saves memory
 
 # %% Step 7: token shift. Neighbours matter most, so they are at hand without any attention.
 def shift(x):
     """Keep half the numbers of x (B, T, C), take a quarter from the position before, and a quarter
     from the one before that (after Peng et al. 2023, arXiv:2305.13048)."""
-    past = F.pad(x, (0, 0, 2, 0))  # (B, T+2, C), two zero rows in front: past[:, t] is x[:, t - 2]
+    past = F.pad(x, (0, 0, 2, 0))  # (B, T+2, C), zeros first: [:, 1:-1] is one back, [:, :-2] two
     half, quarter = n_embd // 2, n_embd // 4
     return torch.cat([x[..., :half], past[:, 1:-1, half:-quarter], past[:, :-2, -quarter:]], dim=-1)
 
@@ -250,7 +250,7 @@ class Block(nn.Module):
 
 # %% The model: from the characters so far to a score (logit) for each one that might be next.
 class LanguageModel(nn.Module):
-    """Step 1: an embedding and a head. Id to C numbers; these to V scores (no attention head)."""
+    """Step 1: an embedding and a head. An id becomes C numbers, these V scores (lm_head)."""
     def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, n_embd)
@@ -267,8 +267,8 @@ class LanguageModel(nn.Module):
         x = self.embedding(idx)  # (B, T, C), Step 1
         x = self.blocks(x)  # (B, T, C), Step 9
         logits = self.lm_head(self.norm(x)).float()  # (B, T, V)
-        # The mean of -ln(probability of the right character, the target's id); V goes to dim 1: .mT
-        return logits, None if targets is None else F.cross_entropy(logits.mT, targets)
+        # Mean of -ln(probability of the target's id). V has to be dim 1: .mT swaps the last two.
+        return logits, (None if targets is None else F.cross_entropy(logits.mT, targets))
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, seed=None, stream=False):
         """Continue ids (B, T) one by one, repeatably with a seed; stream prints the first row."""
@@ -279,7 +279,7 @@ class LanguageModel(nn.Module):
             logits = self(idx[:, -block_size:])[0][:, -1]  # (B, V): [0] logits, -1 last position
             logits = logits / temperature  # below 1 widens the gaps: the likeliest wins more often
             kth = logits.topk(min(top_k or vocab_size, vocab_size)).values[:, -1:]  # (B, 1)
-            logits = logits.masked_fill(logits < kth, float("-inf"))  # below it: probability 0
+            logits = logits.masked_fill(logits < kth, -math.inf)  # those below it: probability 0
             new = torch.multinomial(logits.softmax(dim=-1), 1, generator=rng)  # (B, 1)
             idx = torch.cat([idx, new], dim=1)
             if stream:
@@ -289,33 +289,33 @@ class LanguageModel(nn.Module):
 
 # %% Step 12: Muon. Every direction of a weight matrix learns at the same pace.
 class Muon(torch.optim.Optimizer):
-    """A gradient matrix mostly pushes along a few directions (its large singular values). Muon, not
-    AdamW, makes all pushes about equal (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
+    """A gradient matrix pushes hard along few directions (large singular values); what is rarer
+    hardly learns. Muon pushes alike along all (Jordan 2024, kellerjordan.github.io/posts/muon)."""
     def __init__(self, matrices, lr):
-        shapes = {m.shape: [w for w in matrices if w.shape == m.shape] for m in matrices}
-        super().__init__([{"params": same} for same in shapes.values()], {"lr": lr})
+        by_shape = {m.shape: [w for w in matrices if w.shape == m.shape] for m in matrices}
+        super().__init__([{"params": same} for same in by_shape.values()], {"lr": lr})
     @torch.no_grad()
     def step(self):
-        """Adjust the matrices, all those of one shape at once."""
+        """Adjust the matrices, all those of one shape at once; the first one's state is theirs."""
         for group in self.param_groups:
             lr, grad = group["lr"], torch.stack([weight.grad for weight in group["params"]])
             mean = self.state[group["params"][0]].setdefault("mean", torch.zeros_like(grad))
-            mean.lerp_(grad, 0.05)  # momentum: 95% of the old mean, 5% of the new gradient
-            new = orthogonalize(grad.lerp(mean, 0.95)) * max(1, grad.shape[1] / grad.shape[2])**0.5
-            for weight, change in zip(group["params"], new):
-                weight.mul_(1 - lr * weight_decay).sub_(change, alpha=lr)
+            mean.lerp_(grad, 0.05)  # momentum: 95% old, 5% new; the new once more below (Nesterov)
+            scale = lr * max(1, grad.shape[1] / grad.shape[2])**0.5  # larger for more rows out
+            for weight, change in zip(group["params"], orthogonalize(grad.lerp(mean, 0.95))):
+                weight.mul_(1 - lr * weight_decay).sub_(scale * change)
 def orthogonalize(m):
     """Bring all singular values of matrices m near 1, by five rounds of a polynomial that moves
     them there (Newton-Schulz); it takes matrix products only, which is what processors do best."""
-    x = (m.mT if m.shape[1] > m.shape[2] else m).to(fast_dtype)
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = (m.mT if m.shape[1] > m.shape[2] else m).to(fast_dtype)  # wide, so that a is small
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value exceeds 1
     for _ in range(5):
-        a = x @ x.mT
+        a = x @ x.mT  # then x = 3.4445 x - 4.7750 a x + 2.0315 a a x (found by search), fused
         x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return (x.mT if m.shape[1] > m.shape[2] else x).to(m)
 model = LanguageModel().to(device)
 matrices = [weight for weight in model.blocks.parameters() if weight.ndim == 2]  # Step 12
-others = [weight for weight in model.parameters() if not any(weight is m for m in matrices)]
+others = [weight for weight in model.parameters() if weight not in set(matrices)]
 optimizer, muon = torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, lr=muon_lr)
 def write(start, length, seed):
     """Print a start and its continuation, character by character as they are drawn."""
@@ -326,11 +326,11 @@ def write(start, length, seed):
 # %% Measuring: always on the same windows, so the same model always gets the same number.
 @torch.no_grad()
 def estimate_loss():
-    """Return the mean losses on train_data and val_data, in nats per character, over windows that
-    do not overlap: all of val_data (or 2**18 characters, spread evenly), as many of train_data."""
+    """Mean losses on train_data and val_data, nats per character, of 2**18 characters at most."""
     losses, count = [], min(len(val_data) - 1, 2**18) // block_size
     model.eval()  # evaluation mode: nothing is left to chance
     for split in (train_data, val_data):
+        # Of all the windows that the split can be cut into, count of them, spread evenly.
         places = torch.arange(count, device=device) * ((len(split) - 1) // block_size) // count
         chunks = split[places[:, None] * block_size + window].long().split(batch_size)
         total = sum(float(model(c[:, :-1], c[:, 1:])[1]) * len(c) for c in chunks)
@@ -342,7 +342,7 @@ def show_progress(step, loss):
     """After each step: end a run gone wrong; tell speed and time left (once if no terminal)."""
     times.append(time.perf_counter())
     recent.append(loss.detach())
-    value = float(recent[-2:][0])  # of the step before: with this one a GPU may still be busy
+    value = float(recent[-2:][0])  # of the step before, if any: a GPU may not have done this one
     check(math.isfinite(value), f"the loss is {value} since step {step - 1}: lower the rates")
     pace = (times[-1] - times[0] + 1e-9) / max(1, len(times) - 1)  # seconds per step
     speed, left = batch_size * block_size / pace, pace * (max_iters - 1 - step) / 60
@@ -365,7 +365,7 @@ if resume:
     if first_step >= max_iters:
         print(f"the run in {resume} is finished: it has made its {first_step} adjustments")
         first_step = max_iters + 1
-def keep(step):
+def keep(step, train_loss, val_loss):
     """Note this step's losses and, if they are the best so far, its weights; write all to save."""
     history[step] = [train_loss, val_loss]
     if val_loss < best["val_loss"]:
@@ -391,10 +391,10 @@ for step in [] if no_text else range(first_step, max_iters + 1):  # Step 15
     last = last or bool(interrupted)  # Step 15
     if step % eval_interval == 0 or last:
         train_loss, val_loss = estimate_loss()
-        print(" " * 79 * terminal, end="\r" * terminal)  # wipe the status line
+        terminal and print(" " * 79, end="\r")  # wipe the status line
         print(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         check(math.isfinite(val_loss), f"the loss is {val_loss} since step {step}: lower the rates")
-        keep(step)  # Step 15
+        keep(step, train_loss, val_loss)  # Step 15
         write(newline, 80, seed)
     if last:
         break
@@ -405,9 +405,9 @@ for step in [] if no_text else range(first_step, max_iters + 1):  # Step 15
             group["lr"] = rate * full_rate
     inputs, targets = get_batch()
     logits, loss = model(inputs, targets)
-    model.zero_grad()
+    model.zero_grad()  # or the new gradients would be added to the old
     loss.backward()
-    for weight in model.parameters() if world > 1 else []:  # Step 16, the mean of all gradients
+    for weight in (model.parameters() if world > 1 else []):  # Step 16, the mean of all gradients
         torch.distributed.all_reduce(weight.grad.div_(world))
     optimizer.step()
     muon.step()  # Step 12
@@ -423,10 +423,10 @@ if not no_text:
 world > 1 and torch.distributed.destroy_process_group()  # Step 16
 
 # %% Writing: the prompt, and what might come after it.
-for start in map(str.strip, sys.stdin) if prompt == "-" else [prompt]:
-    if not set(start) <= set(chars):
-        print(f"some of these characters are unknown; known are {''.join(chars)!r}")
-    for i in range(samples if set(start) <= set(chars) else 0):
+for start in (map(str.strip, sys.stdin) if prompt == "-" else [prompt]):
+    known = set(start) <= set(chars)
+    known or print(f"some of these characters are unknown; known are {''.join(chars)!r}")
+    for i in range(samples if known else 0):
         print(f"--- sample {i + 1} of {samples} ---")
         write(start or newline, max_new_tokens, seed + i)
 
@@ -438,12 +438,12 @@ except ImportError:
     print("pip install matplotlib, and a picture of the model appears here as gpt.png")
 if plt and history and not rank:
     seen = encode((prompt.strip("-") + decode(val_data[:32]))[:min(32, block_size)])
-    model.eval()(seen[None].to(device))
+    model.eval()(seen[None].to(device))  # sets the patterns
     figure, axes = plt.subplots(1, n_head + 1, figsize=(5 * n_head + 5, 5), layout="constrained")
     axes[0].plot(list(history), list(history.values()), label=["train loss", "val loss"])
     axes[0].legend(), axes[0].set(xlabel="adjustments of the weights", title="nats per character")
     for head, axis in enumerate(axes[1:]):
-        axis.imshow(model.blocks[-1].attention.weights[0, head].float().cpu(), cmap="Blues")
+        axis.imshow(model.blocks[-1].attention.pattern[0, head].float().cpu(), cmap="Blues")
         axis.set(title=f"head {head + 1}", xlabel="looked at", ylabel="looking")
         for ticks in (axis.set_xticks, axis.set_yticks):
             ticks(range(len(seen)), [repr(char)[1:-1] for char in decode(seen)])
