@@ -118,13 +118,13 @@ def get_batch():
     """Return inputs and targets, both (B, T). The targets are the inputs one character later, so
     every position is an example: given the characters up to here, which one comes next?"""
     global queue
-    while len(queue) < batch_size:  # an epoch is over: cut the text anew, somewhere else
+    while len(queue) < batch_size:  # an epoch is over: cut the text anew, at other places
         end = len(train_data) - block_size
         offset = torch.randint(min(block_size, end), (1,), device=device, generator=rng).item()
         cuts = torch.arange(offset, end, block_size, device=device)
         queue = torch.cat([queue, cuts[torch.randperm(len(cuts), device=device, generator=rng)]])
-    at, queue = queue[:batch_size, None], queue[batch_size:]  # (B, 1); with window, (B, T+1)
-    chunk = train_data[at + window].long()  # (B, T+1), in one indexed read
+    at, queue = queue[:batch_size, None], queue[batch_size:]  # (B, 1)
+    chunk = train_data[at + window].long()  # (B, T+1), as is (B, 1) + (T+1); one read
     return chunk[:, :-1], chunk[:, 1:]
 
 # %% The model: from the characters so far to a score (logit) for each one that might be next.
@@ -137,7 +137,7 @@ class LanguageModel(nn.Module):
         """Map ids (B, T) to logits (B, T, V) and, given targets (B, T), to their loss in nats."""
         assert idx.shape[1] <= block_size, f"{idx.shape[1]} characters exceed {block_size=}"
         logits = self.table(idx)  # (B, T, V)
-        # Mean of -ln(probability of the target's id). V has to be dim 1: .mT swaps the last two.
+        # Mean of -ln(probability of the target). cross_entropy wants (B, V, T): .mT swaps two dims.
         return logits, (None if targets is None else F.cross_entropy(logits.mT, targets))
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, seed=None, stream=False):

@@ -131,7 +131,7 @@ if default and not path.exists():
     check(hashlib.sha256(reply.content).hexdigest() == text_sha256,
           f"{text_url} is not the text expected; save the right one by hand as {path}")
     write_whole(path, lambda part: part.write_bytes(reply.content))
-text = "" if no_text else path.read_text(encoding="utf-8-sig")  # Step 15
+text = "" if no_text else path.read_text(encoding="utf-8-sig")  # Step 15: only writing needs none
 # The vocabulary: every distinct character is a token, its place in the sorted list is its id.
 chars = sorted(set(text))
 chars = kept["chars"] if kept else chars  # Step 15
@@ -165,14 +165,14 @@ def get_batch():
     """Return inputs and targets, both (B, T). The targets are the inputs one character later, so
     every position is an example: given the characters up to here, which one comes next?"""
     global queue
-    while len(queue) < batch_size:  # an epoch is over: cut the text anew, somewhere else
+    while len(queue) < batch_size:  # an epoch is over: cut the text anew, at other places
         end = len(train_data) - block_size
         offset = torch.randint(min(block_size, end), (1,), device=device, generator=rng).item()
         cuts = torch.arange(offset, end, block_size, device=device)
         queue = torch.cat([queue, cuts[torch.randperm(len(cuts), device=device, generator=rng)]])
-    at, queue = queue[:batch_size, None], queue[batch_size:]  # (B, 1); with window, (B, T+1)
+    at, queue = queue[:batch_size, None], queue[batch_size:]  # (B, 1)
     at = at[rank::world]  # Step 16
-    chunk = train_data[at + window].long()  # (B, T+1), in one indexed read
+    chunk = train_data[at + window].long()  # (B, T+1), as is (B, 1) + (T+1); one read
     return chunk[:, :-1], chunk[:, 1:]
 
 # %% Step 2: attention. A position looks back and gathers what it needs, however far back it is.
@@ -183,8 +183,8 @@ class Attention(nn.Module):
         super().__init__()
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
         self.proj = nn.Linear(n_embd, n_embd, bias=False)
-        # A position that saw the next character would copy it: -inf above the diagonal hides it.
-        mask = torch.full((block_size, block_size), -math.inf).triu(1)  # (T, T)
+        # A position that saw the next character would copy it: it gets exp(-inf) = 0 of the weight.
+        mask = torch.full((block_size, block_size), -math.inf).triu(1)  # (T, T), 0 up to itself
         self.register_buffer("mask", mask, persistent=False)  # goes along to a GPU, is not saved
     def forward(self, x):
         T = x.shape[1]
@@ -238,8 +238,8 @@ class Block(nn.Module):
     def __init__(self):
         super().__init__()
         self.attention, self.feed_forward = Attention(), FeedForward()
-        # Step 8: residual connections and LayerNorm. x + f(x) only adds to x: gradients reach early
-        # blocks undimmed. Only what f reads is normed (mean 0, variance 1), never x itself.
+        # Step 8: residual connections and LayerNorm. x + f(x), f being attention or feed-forward,
+        # hands gradients on to early blocks whole. Only what f reads is normed: mean 0, variance 1.
         self.norm1, self.norm2 = nn.LayerNorm(n_embd, bias=False), nn.LayerNorm(n_embd, bias=False)
         # Step 10: dropout. In training, numbers are zeroed at random, so none can be relied on
         # alone; in use (model.eval()) nothing is zeroed.
@@ -267,7 +267,7 @@ class LanguageModel(nn.Module):
         x = self.embedding(idx)  # (B, T, C), Step 1
         x = self.blocks(x)  # (B, T, C), Step 9
         logits = self.lm_head(self.norm(x)).float()  # (B, T, V)
-        # Mean of -ln(probability of the target's id). V has to be dim 1: .mT swaps the last two.
+        # Mean of -ln(probability of the target). cross_entropy wants (B, V, T): .mT swaps two dims.
         return logits, (None if targets is None else F.cross_entropy(logits.mT, targets))
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, seed=None, stream=False):
@@ -296,12 +296,12 @@ class Muon(torch.optim.Optimizer):
         super().__init__([{"params": same} for same in by_shape.values()], {"lr": lr})
     @torch.no_grad()
     def step(self):
-        """Adjust the matrices, all those of one shape at once; the first one's state is theirs."""
+        """Adjust matrices of one shape as a stack (N, rows, columns); the first keeps its mean."""
         for group in self.param_groups:
             lr, grad = group["lr"], torch.stack([weight.grad for weight in group["params"]])
             mean = self.state[group["params"][0]].setdefault("mean", torch.zeros_like(grad))
             mean.lerp_(grad, 0.05)  # momentum: 95% old, 5% new; the new once more below (Nesterov)
-            scale = lr * max(1, grad.shape[1] / grad.shape[2])**0.5  # larger for more rows out
+            scale = lr * max(1, grad.shape[1] / grad.shape[2])**0.5  # more for tall ones
             for weight, change in zip(group["params"], orthogonalize(grad.lerp(mean, 0.95))):
                 weight.mul_(1 - lr * weight_decay).sub_(scale * change)
 def orthogonalize(m):
@@ -437,7 +437,7 @@ except ImportError:
     plt = None
     print("pip install matplotlib, and a picture of the model appears here as gpt.png")
 if plt and history and not rank:
-    seen = encode((prompt.strip("-") + decode(val_data[:32]))[:min(32, block_size)])
+    seen = encode(((prompt if prompt != "-" else "") + decode(val_data[:32]))[:min(32, block_size)])
     model.eval()(seen[None].to(device))  # sets the patterns
     figure, axes = plt.subplots(1, n_head + 1, figsize=(5 * n_head + 5, 5), layout="constrained")
     axes[0].plot(list(history), list(history.values()), label=["train loss", "val loss"])

@@ -15,7 +15,6 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -55,10 +54,10 @@ def matrix_rate():
     return best
 
 
-def run(*args):
-    """Run gpt.py with these arguments; return its times, losses and peak memory."""
+def run(source, *args):
+    """Run this source of gpt.py with these arguments; return its times, losses and peak memory."""
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copy(ROOT / "gpt.py", folder)
+        Path(folder, "gpt.py").write_text(source, encoding="utf-8")
         command = [sys.executable, "-u", "gpt.py", f"--text_file={ROOT / 'input.txt'}", *args]
         rate, began, curve, lines, times = matrix_rate(), time.time(), [], [], []
         process = subprocess.Popen(command, cwd=folder, text=True, encoding="utf-8",
@@ -121,7 +120,7 @@ def main():
     for seed in args.seeds.split(","):
         key = json.dumps([machine(), seed, extra, args.rival, hash_of(source)])
         if key not in kept:
-            row = run(f"--seed={seed}", *extra)
+            row = run(source, f"--seed={seed}", *extra)
             if args.rival:
                 began = time.time()
                 subprocess.run(shlex.split(args.rival), stdout=subprocess.DEVNULL, check=True)

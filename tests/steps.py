@@ -89,7 +89,8 @@ def code_lines(source, step):
 
 def train(source, numbers, kept, lock):
     """Train this source with these numbers, unless that is done already: (loss, seconds)."""
-    key = hashlib.sha256((source + repr(sorted(numbers.items()))).encode()).hexdigest()[:16]
+    code = ast.dump(ast.parse(source))  # comments left out
+    key = hashlib.sha256((code + repr(sorted(numbers.items()))).encode()).hexdigest()[:16]
     if key not in kept:
         with tempfile.TemporaryDirectory() as folder:
             script = Path(folder, "script.py")
