@@ -134,7 +134,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.table = nn.Embedding(vocab_size, vocab_size)
     def forward(self, idx, targets=None):
-        """Map ids (B, T) to logits (B, T, V) and, given targets (B, T), to their loss in nats."""
+        """Map ids (B, T) to logits (B, T, V) and, given targets (B, T), their loss (nats: ln)."""
         assert idx.shape[1] <= block_size, f"{idx.shape[1]} characters exceed {block_size=}"
         logits = self.table(idx)  # (B, T, V)
         # Mean of -ln(probability of the target). cross_entropy wants (B, V, T): .mT swaps two dims.
@@ -148,7 +148,7 @@ class LanguageModel(nn.Module):
         for _ in range(max_new_tokens):
             logits = self(idx[:, -block_size:])[0][:, -1]  # (B, V): [0] logits, -1 last position
             logits = logits / temperature  # below 1 widens the gaps: the likeliest wins more often
-            kth = logits.topk(min(top_k or vocab_size, vocab_size)).values[:, -1:]  # (B, 1)
+            kth = logits.topk(min(top_k or vocab_size, vocab_size)).values[:, -1:]  # (B, 1): k-th
             logits = logits.masked_fill(logits < kth, -math.inf)  # those below it: probability 0
             new = torch.multinomial(logits.softmax(dim=-1), 1, generator=rng)  # (B, 1)
             idx = torch.cat([idx, new], dim=1)
@@ -172,7 +172,7 @@ def estimate_loss():
     model.eval()  # evaluation mode: nothing is left to chance
     for split in (train_data, val_data):
         # Of all the windows that the split can be cut into, count of them, spread evenly.
-        places = torch.arange(count, device=device) * ((len(split) - 1) // block_size) // count
+        places = (torch.arange(count, device=device) * ((len(split) - 1) // block_size)) // count
         chunks = split[places[:, None] * block_size + window].long().split(batch_size)
         total = sum(float(model(c[:, :-1], c[:, 1:])[1]) * len(c) for c in chunks)
         losses.append(total / count)
@@ -183,7 +183,7 @@ def show_progress(step, loss):
     """After each step: end a run gone wrong; tell speed and time left (once if no terminal)."""
     times.append(time.perf_counter())
     recent.append(loss.detach())
-    value = float(recent[-2:][0])  # of the step before, if any: a GPU may not have done this one
+    value = float(recent[-2:][0])  # the step before, if any: a GPU may still compute this one
     check(math.isfinite(value), f"the loss is {value} since step {step - 1}: lower the rates")
     pace = (times[-1] - times[0] + 1e-9) / max(1, len(times) - 1)  # seconds per step
     speed, left = batch_size * block_size / pace, pace * (max_iters - 1 - step) / 60

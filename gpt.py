@@ -181,42 +181,42 @@ class Attention(nn.Module):
     To see one head first, read it with n_head = 1: then H is 1, and D is C."""
     def __init__(self):
         super().__init__()
-        self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
+        self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)  # three maps in one: q, k and v
         self.proj = nn.Linear(n_embd, n_embd, bias=False)
-        # A position that saw the next character would copy it: it gets exp(-inf) = 0 of the weight.
+        # A position that saw the next character would copy it: -inf (softmax: 0) hides the later.
         mask = torch.full((block_size, block_size), -math.inf).triu(1)  # (T, T), 0 up to itself
         self.register_buffer("mask", mask, persistent=False)  # goes along to a GPU, is not saved
     def forward(self, x):
         T = x.shape[1]
-        # Query: what a position seeks. Key: what it offers; q @ k.mT: fits. Value: what it gives.
-        q, k, v = self.qkv(x).chunk(3, dim=-1)  # each (B, T, C)
-        # Step 4: several heads. Each has D of the C numbers for itself. H joins B: @ takes (T, D).
+        # Query: seeks. Key: offers; q @ k.mT tells how well they match. Value: is passed on.
+        q, k, v = self.qkv(x).chunk(3, dim=-1)  # each (B, T, C), next (B, T, H, D)
+        # Step 4: several heads. Each gets D of the C numbers; H moves up: @ takes the last two.
         q, k, v = (z.unflatten(-1, (n_head, -1)).transpose(1, 2) for z in (q, k, v))  # (B, H, T, D)
-        # Step 5: normalised queries and keys. All get mean square 1: only direction counts, and no
-        # score can exceed sqrt(D), however large the weights grow (Henry 2020, arXiv:2010.04245).
+        # Step 5: normalised queries and keys. D numbers get a mean square of 1: only direction
+        # counts, and scores (divided below) stay within sqrt(D) (Henry 2020, arXiv:2010.04245).
         q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])  # each (B, H, T, D)
         q, k = rotate(q), rotate(k)  # Step 3. What is passed on, v, has no need to turn.
-        # A sum of D products of random sign is about sqrt(D) in size; divided by it, scores start
-        # near 1. If softmax gave one of them nearly all, hardly any gradient would reach q and k.
+        # Sums of D random products grow like sqrt(D); divided by it, they start near 1. If softmax
+        # gave one nearly all, small changes of q and k would change nothing: hardly any gradient.
         scores = (q / math.sqrt(q.shape[-1])) @ k.mT  # (B, H, T, T): row looks, column is seen
         weights = (scores + self.mask[:T, :T].to(q)).softmax(dim=-1)  # (B, H, T, T), rows sum to 1
         gathered = weights @ v  # (B, H, T, D)
         self.pattern = weights.detach()  # Step 17 shows it
         return self.proj(gathered.transpose(1, 2).flatten(2))  # (B, T, C): heads joined and mixed
 
-# %% Step 3: positions. Attention alone knows no order. Clock hands tell it: some fast, some slow.
+# %% Step 3: positions. Attention knows no order; so pairs of numbers turn as the text goes on.
 speeds = 10000 ** -torch.linspace(0, 1, n_embd // n_head // 2, device=device)  # (D/2), 1 to 0.0001
 angles = torch.arange(block_size, device=device)[:, None] * speeds  # (T, D/2)
 def rotate(x):
-    """Turn each pair x[i], x[i + D/2] by position * speeds[i]. If q and k are both turned, q @ k.mT
-    changes by the difference of their turns: the distance (Su et al. 2021, arXiv:2104.09864)."""
+    """Turn each pair x[i], x[i + D/2], like a clock hand, by position * speeds[i]. As q and k both
+    turn, all that q @ k.mT sees of positions is the distance (Su et al. 2021, arXiv:2104.09864)."""
     cos, sin = angles[:x.shape[2]].cos().to(x), angles[:x.shape[2]].sin().to(x)  # each (T, D/2)
     a, b = x.chunk(2, dim=-1)  # each (B, H, T, D/2)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 # %% Step 6: feed-forward. What a position has gathered, it now thinks over by itself.
 class FeedForward(nn.Module):
-    """(B, T, C) to (B, T, C): two linear maps; without the squared ReLU they would be only one."""
+    """(B, T, C) to (B, T, C): two linear maps. Without the squared ReLU, one would do as well."""
     def __init__(self):
         super().__init__()
         self.up = nn.Linear(n_embd, 4 * n_embd, bias=False)
@@ -228,7 +228,7 @@ class FeedForward(nn.Module):
 def shift(x):
     """Keep half the numbers of x (B, T, C), take a quarter from the position before, and a quarter
     from the one before that (after Peng et al. 2023, arXiv:2305.13048)."""
-    past = F.pad(x, (0, 0, 2, 0))  # (B, T+2, C), zeros first: [:, 1:-1] is one back, [:, :-2] two
+    past = F.pad(x, (0, 0, 2, 0))  # (B, T+2, C): zeros in front; [:, 1:-1] one back, [:, :-2] two
     half, quarter = n_embd // 2, n_embd // 4
     return torch.cat([x[..., :half], past[:, 1:-1, half:-quarter], past[:, :-2, -quarter:]], dim=-1)
 
@@ -250,19 +250,19 @@ class Block(nn.Module):
 
 # %% The model: from the characters so far to a score (logit) for each one that might be next.
 class LanguageModel(nn.Module):
-    """Step 1: an embedding and a head. An id becomes C numbers, these V scores (lm_head)."""
+    """Step 1: an embedding and a head. An id becomes C numbers; these become V scores."""
     def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, n_embd)
         # Step 9: depth. Blocks in a row: what one has found out, the next can build on.
         self.blocks = nn.Sequential(*[Block() for _ in range(n_layer)])
-        self.norm = nn.LayerNorm(n_embd, bias=False)
+        self.norm = nn.LayerNorm(n_embd, bias=False)  # Step 8: lm_head, too, reads normed numbers
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
-        # Step 11: initialisation. All scores start at 0, so all characters are equally likely.
+        # Step 11: initialisation. All scores start at 0, all equally likely; the head learns first.
         nn.init.zeros_(self.lm_head.weight)
-    @autocast  # Step 14
+    @autocast  # Step 14: in here, matrix products take fast_dtype
     def forward(self, idx, targets=None):
-        """Map ids (B, T) to logits (B, T, V) and, given targets (B, T), to their loss in nats."""
+        """Map ids (B, T) to logits (B, T, V) and, given targets (B, T), their loss (nats: ln)."""
         assert idx.shape[1] <= block_size, f"{idx.shape[1]} characters exceed {block_size=}"
         x = self.embedding(idx)  # (B, T, C), Step 1
         x = self.blocks(x)  # (B, T, C), Step 9
@@ -278,7 +278,7 @@ class LanguageModel(nn.Module):
         for _ in range(max_new_tokens):
             logits = self(idx[:, -block_size:])[0][:, -1]  # (B, V): [0] logits, -1 last position
             logits = logits / temperature  # below 1 widens the gaps: the likeliest wins more often
-            kth = logits.topk(min(top_k or vocab_size, vocab_size)).values[:, -1:]  # (B, 1)
+            kth = logits.topk(min(top_k or vocab_size, vocab_size)).values[:, -1:]  # (B, 1): k-th
             logits = logits.masked_fill(logits < kth, -math.inf)  # those below it: probability 0
             new = torch.multinomial(logits.softmax(dim=-1), 1, generator=rng)  # (B, 1)
             idx = torch.cat([idx, new], dim=1)
@@ -287,10 +287,10 @@ class LanguageModel(nn.Module):
         self.train(training)
         return idx
 
-# %% Step 12: Muon. Every direction of a weight matrix learns at the same pace.
+# %% Step 12: Muon. For the matrices in the blocks: all their directions learn at one pace.
 class Muon(torch.optim.Optimizer):
-    """A gradient matrix pushes hard along few directions (large singular values); what is rarer
-    hardly learns. Muon pushes alike along all (Jordan 2024, kellerjordan.github.io/posts/muon)."""
+    """A gradient matrix pushes hard along few directions, hardly along others (how hard: singular
+    values). Muon pushes alike along all (Jordan 2024, kellerjordan.github.io/posts/muon)."""
     def __init__(self, matrices, lr):
         by_shape = {m.shape: [w for w in matrices if w.shape == m.shape] for m in matrices}
         super().__init__([{"params": same} for same in by_shape.values()], {"lr": lr})
@@ -300,17 +300,17 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, grad = group["lr"], torch.stack([weight.grad for weight in group["params"]])
             mean = self.state[group["params"][0]].setdefault("mean", torch.zeros_like(grad))
-            mean.lerp_(grad, 0.05)  # momentum: 95% old, 5% new; the new once more below (Nesterov)
-            scale = lr * max(1, grad.shape[1] / grad.shape[2])**0.5  # more for tall ones
+            mean.lerp_(grad, 0.05)  # momentum: 95% old, 5% new, steadier; 5% again below (Nesterov)
+            scale = lr * max(1, grad.shape[1] / grad.shape[2])**0.5  # more if outputs exceed inputs
             for weight, change in zip(group["params"], orthogonalize(grad.lerp(mean, 0.95))):
                 weight.mul_(1 - lr * weight_decay).sub_(scale * change)
 def orthogonalize(m):
     """Bring all singular values of matrices m near 1, by five rounds of a polynomial that moves
-    them there (Newton-Schulz); it takes matrix products only, which is what processors do best."""
+    them there (Newton-Schulz; its numbers were found by search), all in matrix products: fast."""
     x = (m.mT if m.shape[1] > m.shape[2] else m).to(fast_dtype)  # wide, so that a is small
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value exceeds 1
     for _ in range(5):
-        a = x @ x.mT  # then x = 3.4445 x - 4.7750 a x + 2.0315 a a x (found by search), fused
+        a = x @ x.mT  # 3.4445 x + (2.0315 a a - 4.7750 a) x; baddbmm(c, m, n): beta c + alpha m n
         x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return (x.mT if m.shape[1] > m.shape[2] else x).to(m)
 model = LanguageModel().to(device)
@@ -331,7 +331,7 @@ def estimate_loss():
     model.eval()  # evaluation mode: nothing is left to chance
     for split in (train_data, val_data):
         # Of all the windows that the split can be cut into, count of them, spread evenly.
-        places = torch.arange(count, device=device) * ((len(split) - 1) // block_size) // count
+        places = (torch.arange(count, device=device) * ((len(split) - 1) // block_size)) // count
         chunks = split[places[:, None] * block_size + window].long().split(batch_size)
         total = sum(float(model(c[:, :-1], c[:, 1:])[1]) * len(c) for c in chunks)
         losses.append(total / count)
@@ -342,7 +342,7 @@ def show_progress(step, loss):
     """After each step: end a run gone wrong; tell speed and time left (once if no terminal)."""
     times.append(time.perf_counter())
     recent.append(loss.detach())
-    value = float(recent[-2:][0])  # of the step before, if any: a GPU may not have done this one
+    value = float(recent[-2:][0])  # the step before, if any: a GPU may still compute this one
     check(math.isfinite(value), f"the loss is {value} since step {step - 1}: lower the rates")
     pace = (times[-1] - times[0] + 1e-9) / max(1, len(times) - 1)  # seconds per step
     speed, left = batch_size * block_size / pace, pace * (max_iters - 1 - step) / 60

@@ -33,7 +33,7 @@ RMS = "F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])"
 # SKIP is what stands for a part of a block that is gone: see without().
 EDITS = {
     2: [("Attention(), FeedForward()", "None, FeedForward()"), ("self.attention(", "SKIP(")],
-    3: [("        q, k = rotate(q), rotate(k)  # Step 3\n", "")],
+    3: [("        q, k = rotate(q), rotate(k)  # Step 3", "        # Step 3")],
     4: [("n_head = 4 if gpu else 2", "n_head = 1")],
     5: [(RMS, "q, k")],
     6: [(", FeedForward()", ", None"), ("self.feed_forward(", "SKIP(")],

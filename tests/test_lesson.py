@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from conftest import ROOT, names
+from steps import EDITS, LADDER, without
 
 SOURCE = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("bigram.py", "gpt.py")}
 
@@ -52,6 +53,15 @@ def test_steps_are_counted_without_a_gap_and_stand_in_the_readme():
     rows = re.findall(r"^\| (\d+) \| ([^|(]+?) (?:\([^|]*\) )?\|", readme, re.M)
     table = dict(rows[:len(steps())])
     assert {int(number): title for number, title in table.items()} == steps()
+
+
+@pytest.mark.parametrize("gone", [[step] for step in EDITS] + [
+    [later for later in EDITS if later in LADDER and later > step] for step in LADDER[:-1]])
+def test_a_step_is_taken_out_by_edits_that_each_fit_once(gone):
+    """steps.py measures what a reader would: the edits fit, and what is left is still Python."""
+    left = without(SOURCE["gpt.py"], gone)
+    assert left != SOURCE["gpt.py"]
+    compile(left, "gpt.py", "exec")
 
 
 def test_nothing_else_is_called_a_step_with_a_number():
