@@ -14,21 +14,21 @@ import torch.nn.functional as F
 from torch import nn
 
 # %% Hyperparameters: change them here or by --name=value. Of two values, the first is for CUDA.
-argv = [] if (notebook := "ipykernel" in sys.modules) else sys.argv[1:]  # options
+argv = [] if (notebook := "ipykernel" in sys.modules) else sys.argv[1:]  # none in a notebook
 device = "cuda" if torch.cuda.is_available() else "cpu"  # what computes: cuda, cpu or mps?
-gpu = [device, *(arg[9:] for arg in argv if arg[:9] == "--device=")][-1].startswith("cuda")
-text_file = "input.txt"  # what to learn from: any text in UTF-8
-text_url = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"  # or
+gpu = [device, *(a[9:] for a in argv if a[:9] == "--device=")][-1][:4] == "cuda"  # read ahead
+text_file = "input.txt"  # what to learn from: any text in UTF-8; input.txt, if missing, comes from
+text_url = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"  # here
 text_sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # its checksum
 seed = 1337  # the same seed on the same machine gives the same run
-batch_size = 64 if gpu else 8  # how many windows of text are learnt from at once?
-block_size = 256  # how many characters has a window: the most a prediction can look back on?
+batch_size = 32 if gpu else 8  # how many windows of text are learnt from at once?
+block_size = 256  # how long is a window, in characters: the most a prediction can look back on?
 max_iters = 1000 if gpu else 1200  # how many times are the weights adjusted?
 learning_rate = 0.05  # how far does each adjustment go?
 eval_interval = 200 if gpu else 300  # how many adjustments between two measurements of the loss?
 prompt = ""  # what does the sample continue? Empty: a new line; -: what you type
 samples = 1  # how many continuations of it?
-max_new_tokens = 500  # how many characters has each?
+max_new_tokens = 500  # how many characters does each have?
 temperature = 0.8  # below 1 keeps to likely characters, above 1 dares more
 top_k = 0  # draw from the k likeliest characters only; 0: from all
 
@@ -118,13 +118,13 @@ def get_batch():
     """Return inputs and targets, both (B, T). The targets are the inputs one character later, so
     every position is an example: given the characters up to here, which one comes next?"""
     global queue
-    while len(queue) < batch_size:  # an epoch is over: cut the text anew, at other places
+    while len(queue) < batch_size:  # too few left: cut the text anew, at other places
         end = len(train_data) - block_size
         offset = torch.randint(min(block_size, end), (1,), device=device, generator=rng).item()
         cuts = torch.arange(offset, end, block_size, device=device)
         queue = torch.cat([queue, cuts[torch.randperm(len(cuts), device=device, generator=rng)]])
     at, queue = queue[:batch_size, None], queue[batch_size:]  # (B, 1)
-    chunk = train_data[at + window].long()  # (B, T+1), as is (B, 1) + (T+1); one read
+    chunk = train_data[at + window].long()  # (B, T+1): each start (B, 1) + window (T+1)
     return chunk[:, :-1], chunk[:, 1:]
 
 # %% The model: from the characters so far to a score (logit) for each one that might be next.
@@ -157,7 +157,7 @@ class LanguageModel(nn.Module):
         self.train(training)
         return idx
 model = LanguageModel().to(device)
-optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)  # each at its own pace
 def write(start, length, seed):
     """Print a start and its continuation, character by character as they are drawn."""
     print(start, end="")
@@ -195,7 +195,7 @@ def show_progress(step, loss):
 print(f"{device}: {sum(p.numel() for p in model.parameters()):,} parameters learn {text_file}, "
       f"{len(text):,} characters\nguessing among {vocab_size}: loss {math.log(vocab_size):.4f}")
 for step in range(max_iters + 1):
-    last = step == max_iters
+    last = step == max_iters  # no more adjustments, only measure
     if step % eval_interval == 0 or last:
         train_loss, val_loss = estimate_loss()
         terminal and print(" " * 79, end="\r")  # wipe the status line

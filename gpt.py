@@ -1,9 +1,9 @@
 """gpt.py: a GPT, which learns to write from one text and shows how on the way.
     python gpt.py --prompt="ROMEO:"       trains on input.txt, then writes (--help: all options)
-Expect a validation loss of about 1.41 in two minutes on two CPU cores. bigram.py is where
-the lesson starts; "Step N" marks what comes on top of it, so the numbers are not in order here.
-Shapes in comments: B batch_size, T time (at most block_size), C n_embd, H n_head, D head size
-(C = H times D), V vocab_size.
+Expect a validation loss of about 1.41 in two minutes on two CPU cores; with a CUDA GPU it trains
+a larger model, whose numbers reach 1.415 on a text that costs the smaller one 1.436 (see README).
+bigram.py is where the lesson starts. "Step N" marks what is added, in the order in which it runs.
+Shapes: B batch_size, T time (up to block_size), C n_embd, H n_head, D head size C/H, V vocab_size.
 """
 # %% Imports
 import hashlib, math, os, re, sys, time
@@ -16,23 +16,23 @@ import torch.nn.functional as F
 from torch import nn
 
 # %% Hyperparameters: change them here or by --name=value. Of two values, the first is for CUDA.
-argv = [] if (notebook := "ipykernel" in sys.modules) else sys.argv[1:]  # options
+argv = [] if (notebook := "ipykernel" in sys.modules) else sys.argv[1:]  # none in a notebook
 device = "cuda" if torch.cuda.is_available() else "cpu"  # what computes: cuda, cpu or mps?
-gpu = [device, *(arg[9:] for arg in argv if arg[:9] == "--device=")][-1].startswith("cuda")
-text_file = "input.txt"  # what to learn from: any text in UTF-8
-text_url = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"  # or
+gpu = [device, *(a[9:] for a in argv if a[:9] == "--device=")][-1][:4] == "cuda"  # read ahead
+text_file = "input.txt"  # what to learn from: any text in UTF-8; input.txt, if missing, comes from
+text_url = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"  # here
 text_sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # its checksum
 seed = 1337  # the same seed on the same machine gives the same run
-batch_size = 64 if gpu else 8  # how many windows of text are learnt from at once?
-block_size = 256  # how many characters has a window: the most a prediction can look back on?
+batch_size = 32 if gpu else 8  # how many windows of text are learnt from at once?
+block_size = 256  # how long is a window, in characters: the most a prediction can look back on?
 max_iters = 1000 if gpu else 1200  # how many times are the weights adjusted?
 learning_rate = 0.004  # how far does each adjustment by AdamW go? (Step 12)
 n_embd = 384 if gpu else 192  # how many numbers describe a character? (Step 1)
 n_head = 4 if gpu else 2  # how many heads look back side by side? (Step 4)
-n_layer = 6 if gpu else 4  # how many blocks lie on top of each other? (Step 9)
-dropout = 0.2 if gpu else 0.0  # what fraction of each result is zeroed in training? (Step 10)
+n_layer = 6 if gpu else 4  # how many blocks follow one another? (Step 9)
+dropout = 0.1 if gpu else 0.0  # what part of the characters is blanked in training? (Step 10)
 muon_lr = 0.02  # how far does each adjustment by Muon go? (Step 12)
-weight_decay = 0.2 if gpu else 0.1  # how strongly does Muon pull weights to zero? (Step 12)
+weight_decay = 0.5 if gpu else 0.1  # how strongly does Muon pull weights to zero? (Step 12)
 dtype = "auto"  # float32, bfloat16, or the faster of them? (Step 14)
 save = "gpt.pt"  # where is the best model kept? Empty: in memory (Step 15)
 load = ""  # which kept model to start from? (Step 15)
@@ -40,7 +40,7 @@ resume = ""  # which kept run to go on with? (Step 15)
 eval_interval = 200 if gpu else 300  # how many adjustments between two measurements of the loss?
 prompt = ""  # what does the sample continue? Empty: a new line; -: what you type
 samples = 1  # how many continuations of it?
-max_new_tokens = 500  # how many characters has each?
+max_new_tokens = 500  # how many characters does each have?
 temperature = 0.8  # below 1 keeps to likely characters, above 1 dares more
 top_k = 0  # draw from the k likeliest characters only; 0: from all
 
@@ -86,11 +86,11 @@ for arg in argv:
         globals()[name] = type(settings[name])(value)
     except ValueError:
         check(False, f"{name}={value} should be of type {type(settings[name]).__name__}")
-# Step 15: keep the best model. A kept one brings its numbers; the command line goes first.
+# Step 15: keep the best model. A kept one brings its settings; the command line overrides.
 kept, no_text = None, False
 if load or resume:
     given = {name: globals()[name] for name in [arg[2:].partition("=")[0] for arg in argv]}
-    warnings.simplefilter("ignore")  # what torch thinks of a file that is no model, we say below
+    warnings.simplefilter("ignore")  # where the file is no model, the line below is enough
     try:
         kept = torch.load(load or resume, map_location="cpu", weights_only=True)
         shape = {k: kept["settings"][k] for k in ("n_embd", "n_head", "n_layer", "block_size")}
@@ -131,7 +131,7 @@ if default and not path.exists():
     check(hashlib.sha256(reply.content).hexdigest() == text_sha256,
           f"{text_url} is not the text expected; save the right one by hand as {path}")
     write_whole(path, lambda part: part.write_bytes(reply.content))
-text = "" if no_text else path.read_text(encoding="utf-8-sig")  # Step 15: only writing needs none
+text = "" if no_text else path.read_text(encoding="utf-8-sig")  # Step 15: to write, none is needed
 # The vocabulary: every distinct character is a token, its place in the sorted list is its id.
 chars = sorted(set(text))
 chars = kept["chars"] if kept else chars  # Step 15
@@ -150,7 +150,7 @@ check(no_text or len(val_data) > block_size, f"{text_file=} too short for {block
 newline = "\n" if "\n" in chars else chars[0]  # the start where none is given
 encode("" if prompt == "-" else prompt)  # complain now, not after the training
 
-# %% Step 14: bf16. Matrix products in 16 bits: less exact, several times faster on some chips.
+# %% Step 14: bf16. To skip: products in 16 bits, less exact, but much faster on some processors.
 can = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}
 fast = dtype == "bfloat16" or can.get("avx512_bf16") or can.get("amx_bf16") or (
     gpu and torch.cuda.is_bf16_supported(including_emulation=False))
@@ -165,17 +165,17 @@ def get_batch():
     """Return inputs and targets, both (B, T). The targets are the inputs one character later, so
     every position is an example: given the characters up to here, which one comes next?"""
     global queue
-    while len(queue) < batch_size:  # an epoch is over: cut the text anew, at other places
+    while len(queue) < batch_size:  # too few left: cut the text anew, at other places
         end = len(train_data) - block_size
         offset = torch.randint(min(block_size, end), (1,), device=device, generator=rng).item()
         cuts = torch.arange(offset, end, block_size, device=device)
         queue = torch.cat([queue, cuts[torch.randperm(len(cuts), device=device, generator=rng)]])
     at, queue = queue[:batch_size, None], queue[batch_size:]  # (B, 1)
-    at = at[rank::world]  # Step 16
-    chunk = train_data[at + window].long()  # (B, T+1), as is (B, 1) + (T+1); one read
+    at = at[rank::world]  # Step 16: of the B windows, those that this process has to learn from
+    chunk = train_data[at + window].long()  # (B, T+1): each start (B, 1) + window (T+1)
     return chunk[:, :-1], chunk[:, 1:]
 
-# %% Step 2: attention. A position looks back and gathers what it needs, however far back it is.
+# %% Step 2: attention. A position looks back and gathers what it needs, anywhere in its window.
 class Attention(nn.Module):
     """(B, T, C) to (B, T, C): weighted sums of what came so far (Vaswani 2017, arXiv:1706.03762).
     To see one head first, read it with n_head = 1: then H is 1, and D is C."""
@@ -183,23 +183,23 @@ class Attention(nn.Module):
         super().__init__()
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)  # three maps in one: q, k and v
         self.proj = nn.Linear(n_embd, n_embd, bias=False)
-        # A position that saw the next character would copy it: -inf (softmax: 0) hides the later.
+        # A position that saw the next character would copy it: -inf (softmax: 0) hides later ones.
         mask = torch.full((block_size, block_size), -math.inf).triu(1)  # (T, T), 0 up to itself
         self.register_buffer("mask", mask, persistent=False)  # goes along to a GPU, is not saved
     def forward(self, x):
         T = x.shape[1]
-        # Query: seeks. Key: offers; q @ k.mT tells how well they match. Value: is passed on.
+        # A query says what a position seeks, a key what it offers, a value what it hands over.
         q, k, v = self.qkv(x).chunk(3, dim=-1)  # each (B, T, C), next (B, T, H, D)
-        # Step 4: several heads. Each gets D of the C numbers; H moves up: @ takes the last two.
+        # Step 4: several heads. Each seeks its own, in D of the C numbers; @ takes the last two.
         q, k, v = (z.unflatten(-1, (n_head, -1)).transpose(1, 2) for z in (q, k, v))  # (B, H, T, D)
         # Step 5: normalised queries and keys. D numbers get a mean square of 1: only direction
         # counts, and scores (divided below) stay within sqrt(D) (Henry 2020, arXiv:2010.04245).
         q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])  # each (B, H, T, D)
         q, k = rotate(q), rotate(k)  # Step 3. What is passed on, v, has no need to turn.
         # Sums of D random products grow like sqrt(D); divided by it, they start near 1. If softmax
-        # gave one nearly all, small changes of q and k would change nothing: hardly any gradient.
-        scores = (q / math.sqrt(q.shape[-1])) @ k.mT  # (B, H, T, T): row looks, column is seen
-        weights = (scores + self.mask[:T, :T].to(q)).softmax(dim=-1)  # (B, H, T, T), rows sum to 1
+        # (e^score / sum of its row) gave one position nearly all, q and k would get no gradient.
+        scores = (q / math.sqrt(q.shape[-1])) @ k.mT  # (B, H, T, T): row seeks, column offers
+        weights = (scores + self.mask[:T, :T].to(q.dtype)).softmax(dim=-1)  # (B, H, T, T)
         gathered = weights @ v  # (B, H, T, D)
         self.pattern = weights.detach()  # Step 17 shows it
         return self.proj(gathered.transpose(1, 2).flatten(2))  # (B, T, C): heads joined and mixed
@@ -208,49 +208,46 @@ class Attention(nn.Module):
 speeds = 10000 ** -torch.linspace(0, 1, n_embd // n_head // 2, device=device)  # (D/2), 1 to 0.0001
 angles = torch.arange(block_size, device=device)[:, None] * speeds  # (T, D/2)
 def rotate(x):
-    """Turn each pair x[i], x[i + D/2], like a clock hand, by position * speeds[i]. As q and k both
-    turn, all that q @ k.mT sees of positions is the distance (Su et al. 2021, arXiv:2104.09864)."""
+    """Turn pair x[i], x[i + D/2] by position * speeds[i] radians: the fast tell near places apart,
+    the slow far. q and k both turn, so q @ k.mT sees only distances (Su 2021, arXiv:2104.09864)."""
     cos, sin = angles[:x.shape[2]].cos().to(x), angles[:x.shape[2]].sin().to(x)  # each (T, D/2)
     a, b = x.chunk(2, dim=-1)  # each (B, H, T, D/2)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 # %% Step 6: feed-forward. What a position has gathered, it now thinks over by itself.
 class FeedForward(nn.Module):
-    """(B, T, C) to (B, T, C): two linear maps. Without the squared ReLU, one would do as well."""
+    """(B, T, C) to (B, T, C). Without ReLU (negative numbers to 0), two maps would be as one."""
     def __init__(self):
         super().__init__()
-        self.up = nn.Linear(n_embd, 4 * n_embd, bias=False)
-        self.down = nn.Linear(4 * n_embd, n_embd, bias=False)
+        self.up = nn.Linear(n_embd, 4 * n_embd, bias=False)  # looks for 4C patterns, as usual
+        self.down = nn.Linear(4 * n_embd, n_embd, bias=False)  # adds what each one found means
     def forward(self, x):
-        return self.down(self.up(x).relu_().square())  # relu_: in place, which saves memory
+        return self.down(self.up(x).relu_().square())  # squared: So 2021, arXiv:2109.08668
 
 # %% Step 7: token shift. Neighbours matter most, so they are at hand without any attention.
 def shift(x):
     """Keep half the numbers of x (B, T, C), take a quarter from the position before, and a quarter
     from the one before that (after Peng et al. 2023, arXiv:2305.13048)."""
-    past = F.pad(x, (0, 0, 2, 0))  # (B, T+2, C): zeros in front; [:, 1:-1] one back, [:, :-2] two
+    past = F.pad(x, (0, 0, 2, 0))  # (B, T+2, C): 2 zeros before dim T; [:, 1:-1] is one back
     half, quarter = n_embd // 2, n_embd // 4
     return torch.cat([x[..., :half], past[:, 1:-1, half:-quarter], past[:, :-2, -quarter:]], dim=-1)
 
-# %% A block: communication, then computation.
+# %% A block: communication (Steps 2 to 5), then computation (Step 6).
 class Block(nn.Module):
     """(B, T, C) to (B, T, C): attention between positions, then feed-forward at each of them."""
     def __init__(self):
         super().__init__()
         self.attention, self.feed_forward = Attention(), FeedForward()
         # Step 8: residual connections and LayerNorm. x + f(x), f being attention or feed-forward,
-        # hands gradients on to early blocks whole. Only what f reads is normed: mean 0, variance 1.
+        # passes gradients whole to early blocks. x may grow; f reads it normed: mean 0, variance 1.
         self.norm1, self.norm2 = nn.LayerNorm(n_embd, bias=False), nn.LayerNorm(n_embd, bias=False)
-        # Step 10: dropout. In training, numbers are zeroed at random, so none can be relied on
-        # alone; in use (model.eval()) nothing is zeroed.
-        self.dropout = nn.Dropout(dropout)
     def forward(self, x):
-        x = x + self.dropout(self.attention(shift(self.norm1(x))))  # (B, T, C)
-        return x + self.dropout(self.feed_forward(shift(self.norm2(x))))
+        x = x + self.attention(shift(self.norm1(x)))  # (B, T, C)
+        return x + self.feed_forward(shift(self.norm2(x)))
 
 # %% The model: from the characters so far to a score (logit) for each one that might be next.
 class LanguageModel(nn.Module):
-    """Step 1: an embedding and a head. An id becomes C numbers; these become V scores."""
+    """A GPT. Step 1: an embedding and a head. An id becomes C numbers; these become V scores."""
     def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, n_embd)
@@ -258,15 +255,18 @@ class LanguageModel(nn.Module):
         self.blocks = nn.Sequential(*[Block() for _ in range(n_layer)])
         self.norm = nn.LayerNorm(n_embd, bias=False)  # Step 8: lm_head, too, reads normed numbers
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
-        # Step 11: initialisation. All scores start at 0, all equally likely; the head learns first.
+        # Step 10: dropout. In training, whole characters are blanked at random, so that a passage
+        # is never the same twice and hard to learn by heart. In use, nothing has to be hidden.
+        self.dropout = nn.Dropout1d(dropout)  # all C numbers to 0; what stays grows to make up
+        # Step 11: initialisation. Zeros: all equally likely. No gradient passes: these learn first.
         nn.init.zeros_(self.lm_head.weight)
-    @autocast  # Step 14: in here, matrix products take fast_dtype
+    @autocast  # Step 14: in here, matrix products are in fast_dtype
     def forward(self, idx, targets=None):
         """Map ids (B, T) to logits (B, T, V) and, given targets (B, T), their loss (nats: ln)."""
         assert idx.shape[1] <= block_size, f"{idx.shape[1]} characters exceed {block_size=}"
-        x = self.embedding(idx)  # (B, T, C), Step 1
+        x = self.dropout(self.embedding(idx))  # (B, T, C), Step 1, Step 10
         x = self.blocks(x)  # (B, T, C), Step 9
-        logits = self.lm_head(self.norm(x)).float()  # (B, T, V)
+        logits = self.lm_head(self.norm(x)).float()  # (B, T, V), 32 bits, for an exact loss
         # Mean of -ln(probability of the target). cross_entropy wants (B, V, T): .mT swaps two dims.
         return logits, (None if targets is None else F.cross_entropy(logits.mT, targets))
     @torch.no_grad()
@@ -287,26 +287,26 @@ class LanguageModel(nn.Module):
         self.train(training)
         return idx
 
-# %% Step 12: Muon. For the matrices in the blocks: all their directions learn at one pace.
+# %% Step 12: Muon. Gradients push mostly along few directions; now all directions learn alike.
 class Muon(torch.optim.Optimizer):
-    """A gradient matrix pushes hard along few directions, hardly along others (how hard: singular
-    values). Muon pushes alike along all (Jordan 2024, kellerjordan.github.io/posts/muon)."""
+    """For matrices in blocks. AdamW divides each number's gradient by its usual size; Muon brings
+    all singular values of a matrix near 1 (Jordan 2024, kellerjordan.github.io/posts/muon)."""
     def __init__(self, matrices, lr):
         by_shape = {m.shape: [w for w in matrices if w.shape == m.shape] for m in matrices}
         super().__init__([{"params": same} for same in by_shape.values()], {"lr": lr})
     @torch.no_grad()
     def step(self):
-        """Adjust matrices of one shape as a stack (N, rows, columns); the first keeps its mean."""
+        """Adjust matrices of one shape as a stack (N, rows, columns): state[first] is theirs."""
         for group in self.param_groups:
             lr, grad = group["lr"], torch.stack([weight.grad for weight in group["params"]])
             mean = self.state[group["params"][0]].setdefault("mean", torch.zeros_like(grad))
-            mean.lerp_(grad, 0.05)  # momentum: 95% old, 5% new, steadier; 5% again below (Nesterov)
+            mean.lerp_(grad, 0.05)  # 0.95 mean + 0.05 grad: momentum; so again below (Nesterov)
             scale = lr * max(1, grad.shape[1] / grad.shape[2])**0.5  # more if outputs exceed inputs
             for weight, change in zip(group["params"], orthogonalize(grad.lerp(mean, 0.95))):
                 weight.mul_(1 - lr * weight_decay).sub_(scale * change)
 def orthogonalize(m):
-    """Bring all singular values of matrices m near 1, by five rounds of a polynomial that moves
-    them there (Newton-Schulz; its numbers were found by search), all in matrix products: fast."""
+    """Bring all singular values s of matrices m near 1: 5 times 3.4445 s - 4.7750 s^3 + 2.0315 s^5
+    (Newton-Schulz; its numbers were found by search), all by matrix products, which are fast."""
     x = (m.mT if m.shape[1] > m.shape[2] else m).to(fast_dtype)  # wide, so that a is small
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value exceeds 1
     for _ in range(5):
@@ -315,7 +315,7 @@ def orthogonalize(m):
     return (x.mT if m.shape[1] > m.shape[2] else x).to(m)
 model = LanguageModel().to(device)
 matrices = [weight for weight in model.blocks.parameters() if weight.ndim == 2]  # Step 12
-others = [weight for weight in model.parameters() if weight not in set(matrices)]
+others = [w for w in model.parameters() if w not in set(matrices)]  # embedding, lm_head, norms
 optimizer, muon = torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, lr=muon_lr)
 def write(start, length, seed):
     """Print a start and its continuation, character by character as they are drawn."""
@@ -366,7 +366,7 @@ if resume:
         print(f"the run in {resume} is finished: it has made its {first_step} adjustments")
         first_step = max_iters + 1
 def keep(step, train_loss, val_loss):
-    """Note this step's losses and, if they are the best so far, its weights; write all to save."""
+    """Note the losses and, if val_loss is the lowest so far, the weights; write all to save."""
     history[step] = [train_loss, val_loss]
     if val_loss < best["val_loss"]:
         weights = {name: weight.cpu().clone() for name, weight in model.state_dict().items()}
@@ -387,7 +387,7 @@ def interrupt(number, frame):
     interrupted.append(signal.signal(number, usual))
 usual = signal.signal(signal.SIGINT, interrupt)
 for step in [] if no_text else range(first_step, max_iters + 1):  # Step 15
-    last = step == max_iters
+    last = step == max_iters  # no more adjustments, only measure
     last = last or bool(interrupted)  # Step 15
     if step % eval_interval == 0 or last:
         train_loss, val_loss = estimate_loss()
@@ -399,15 +399,15 @@ for step in [] if no_text else range(first_step, max_iters + 1):  # Step 15
     if last:
         break
     # Step 13: learning-rate schedule. Long strides at first; ever shorter ones, to settle down.
-    rate = 1 - step / max_iters
+    fraction = 1 - step / max_iters
     for which, full_rate in ((optimizer, learning_rate), (muon, muon_lr)):
         for group in which.param_groups:
-            group["lr"] = rate * full_rate
+            group["lr"] = fraction * full_rate
     inputs, targets = get_batch()
     logits, loss = model(inputs, targets)
     model.zero_grad()  # or the new gradients would be added to the old
     loss.backward()
-    for weight in (model.parameters() if world > 1 else []):  # Step 16, the mean of all gradients
+    for weight in (model.parameters() if world > 1 else []):  # Step 16: same mean, equal copies
         torch.distributed.all_reduce(weight.grad.div_(world))
     optimizer.step()
     muon.step()  # Step 12
@@ -435,7 +435,7 @@ try:
     import matplotlib.pyplot as plt
 except ImportError:
     plt = None
-    print("pip install matplotlib, and a picture of the model appears here as gpt.png")
+    print("pip install matplotlib, and each training ends with a picture of the model, gpt.png")
 if plt and history and not rank:
     seen = encode(((prompt if prompt != "-" else "") + decode(val_data[:32]))[:min(32, block_size)])
     model.eval()(seen[None].to(device))  # sets the patterns
@@ -443,7 +443,7 @@ if plt and history and not rank:
     axes[0].plot(list(history), list(history.values()), label=["train loss", "val loss"])
     axes[0].legend(), axes[0].set(xlabel="adjustments of the weights", title="nats per character")
     for head, axis in enumerate(axes[1:]):
-        axis.imshow(model.blocks[-1].attention.pattern[0, head].float().cpu(), cmap="Blues")
+        axis.imshow(model.blocks[-1].attention.pattern[0, head].float().cpu().numpy(), cmap="Blues")
         axis.set(title=f"head {head + 1}", xlabel="looked at", ylabel="looking")
         for ticks in (axis.set_xticks, axis.set_yticks):
             ticks(range(len(seen)), [repr(char)[1:-1] for char in decode(seen)])

@@ -170,8 +170,8 @@ def test_out_of_memory_names_the_number_to_lower(tmp_path, small_text):
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_best(tmp_path, small_text):
-    script = edited(tmp_path, "    model.zero_grad()\n",
-                    "    loss = loss * (math.nan if step >= 7 else 1)\n    model.zero_grad()\n")
+    script = edited(tmp_path, "    loss.backward()\n",
+                    "    loss = loss * (math.nan if step >= 7 else 1)\n    loss.backward()\n")
     done = run(script, f"--text_file={small_text}", "--max_iters=40", "--save=gpt.pt", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == "error: the loss is nan since step 7: lower the rates\n"

@@ -172,15 +172,23 @@ def test_generate(gpt):
     assert torch.equal(model.generate(idx, 4, temperature=0.001, seed=1), expected)
 
 
-def test_dropout_is_for_training_only(tmp_path):
+def test_dropout_blanks_whole_characters_and_only_in_training(tmp_path):
     space = loaded("gpt.py", tmp_path, dropout=0.5)
-    for weight in space["model"].parameters():
-        torch.nn.init.normal_(weight, std=0.3)
-    inputs, targets = space["get_batch"]()
-    model = space["model"].train()
-    assert model(inputs, targets)[1] != model(inputs, targets)[1]
+    model, (inputs, _) = space["model"], space["get_batch"]()
+    seen = []
+    model.blocks.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+    plain = model.embedding(inputs).detach()  # (B, T, C)
+    model.train()
+    for _ in range(100):
+        model(inputs)
+    got = torch.stack(seen)  # (100, B, T, C)
+    blank = (got == 0).all(dim=-1)  # (100, B, T)
+    assert torch.equal(got[~blank], (plain * 2).expand_as(got)[~blank])
+    spread = math.sqrt(0.5 * 0.5 / blank.numel())
+    assert abs(blank.float().mean() - 0.5) < 4 * spread
     model.eval()
-    assert model(inputs, targets)[1] == model(inputs, targets)[1]
+    model(inputs)
+    assert torch.equal(seen[-1], plain)
     assert space["estimate_loss"]() == space["estimate_loss"]()
 
 

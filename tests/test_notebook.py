@@ -19,7 +19,7 @@ def test_runs_as_a_notebook(script, cells, tmp_path):
     for name, value in {**TINY, "max_iters": 30}.items():
         block.source = re.sub(rf"(?m)^{name} = .*?  #", f"{name} = {value!r}  #", block.source)
     assert "max_iters = 30  #" in block.source
-    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3",
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3",
                             resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     text = "".join(output.text for output in outputs if output.output_type == "stream")
