@@ -93,7 +93,7 @@ def growth(extra):
                      f"--{name}={value}"], cwd=folder, text=True, capture_output=True)
             found = re.search(r"([\d,]+) characters/s", done.stdout)
             speed = int(found[1].replace(",", ""))
-            sizes = {"block_size": 256, "batch_size": 32 if CUDA else 8, name: value}
+            sizes = {"block_size": 256, "batch_size": 16 if CUDA else 8, name: value}
             step = sizes["block_size"] * sizes["batch_size"] / speed
             print(f"| {name} | {value} | {speed:,} | {1000 * step:.0f} |", flush=True)
 
@@ -113,7 +113,7 @@ def main():
     extra = args.extra + ([f"--max_iters={args.iters}"] if args.iters else [])
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     source = (ROOT / "gpt.py").read_text(encoding="utf-8")
-    batch = 32 * 256 if CUDA else 8 * 256
+    batch = 16 * 256 if CUDA else 8 * 256
     print("| seed | val loss | whole run, s | characters/s | share of the matrix rate | "
           "sample, s | memory, GiB | rival, s | ratio |\n|---|---|---|---|---|---|---|---|---|")
     rows = []
