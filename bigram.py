@@ -16,7 +16,7 @@ from torch import nn
 # %% Hyperparameters: change them here or by --name=value. Of two values, the first is for CUDA.
 argv = [] if (notebook := "ipykernel" in sys.modules) else sys.argv[1:]  # none in a notebook
 device = "cuda" if torch.cuda.is_available() else "cpu"  # what computes: cuda, cpu or mps?
-gpu = [device, *(a[9:] for a in argv if a[:9] == "--device=")][-1][:4] == "cuda"  # read ahead
+gpu = [device, *(a[9:] for a in argv if a[:9] == "--device=")][-1][:4] == "cuda"  # which preset?
 text_file = "input.txt"  # what to learn from: any text in UTF-8; input.txt, if missing, comes from
 text_url = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"  # here
 text_sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # its checksum
@@ -64,7 +64,7 @@ settings = {k: v for k, v in globals().items() if type(v) in (int, float, str) a
 if "--help" in argv:
     block = Path(__file__).read_text("utf-8").partition("# %% Machinery")[0]
     for name, gloss in re.findall(r"(?m)^(\w+) = .+  # (.+)", block):
-        print(f"--{name}={settings[name]!r}  {gloss}")
+        name in settings and print(f"--{name}={settings[name]!r}  {gloss}")
     sys.exit()
 for arg in argv:
     name, equals, value = arg.removeprefix("--").partition("=")
@@ -171,7 +171,7 @@ def estimate_loss():
     losses, count = [], min(len(val_data) - 1, 2**18) // block_size
     model.eval()  # evaluation mode: nothing is left to chance
     for split in (train_data, val_data):
-        # Of all the windows that the split can be cut into, count of them, spread evenly.
+        # The split can be cut into many windows; measure count of them, spread evenly.
         places = (torch.arange(count, device=device) * ((len(split) - 1) // block_size)) // count
         chunks = split[places[:, None] * block_size + window].long().split(batch_size)
         total = sum(float(model(c[:, :-1], c[:, 1:])[1]) * len(c) for c in chunks)
@@ -183,7 +183,7 @@ def show_progress(step, loss):
     """After each step: end a run gone wrong; tell speed and time left (once if no terminal)."""
     times.append(time.perf_counter())
     recent.append(loss.detach())
-    value = float(recent[-2:][0])  # the step before, if any: a GPU may still compute this one
+    value = float(recent[-2:][0])  # the step before: to read this one, we would wait for a GPU
     check(math.isfinite(value), f"the loss is {value} since step {step - 1}: lower the rates")
     pace = (times[-1] - times[0] + 1e-9) / max(1, len(times) - 1)  # seconds per step
     speed, left = batch_size * block_size / pace, pace * (max_iters - 1 - step) / 60

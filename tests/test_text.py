@@ -1,4 +1,5 @@
 """The text from file to batch, the download, the evaluation, and what a user sees of a run."""
+import ast
 import hashlib
 import http.server
 import os
@@ -172,6 +173,20 @@ def test_what_a_run_prints(script, small_text, tmp_path):
     assert same(done.stdout) == same(again.stdout)
     answers = re.split(r"--- sample \d of 3 ---\n", done.stdout)[1:]
     assert len(set(answers)) == 3 and all(a.startswith("The") and len(a) == 9 for a in answers)
+
+
+@pytest.mark.parametrize("script", ["bigram.py", "gpt.py"])
+def test_help_lists_every_option_with_its_default(script, small_text, tmp_path):
+    done = run(ROOT / script, "--help", cwd=tmp_path, tiny=False)
+    assert done.returncode == 0 and done.stderr == ""
+    listed = [re.fullmatch(r"--(\w+)=(\S+)  \S.+", line) for line in done.stdout.splitlines()]
+    defaults = {found[1]: ast.literal_eval(found[2]) for found in listed}
+    known = run(ROOT / script, "--nonsense=1", cwd=tmp_path).stderr.partition("out of ")[2]
+    assert list(defaults) == known.strip().split(", ")
+    tiny = {**TINY, "text_file": small_text}
+    outputs = [run(ROOT / script, *options(script, {**numbers, **tiny}), cwd=tmp_path, tiny=False)
+               for numbers in (defaults, {})]
+    assert outputs[0].returncode == 0 and outputs[0].stdout == outputs[1].stdout
 
 
 def test_prompts_from_the_keyboard(small_text, tmp_path):
