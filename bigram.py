@@ -212,7 +212,7 @@ for step in range(max_iters + 1):
     show_progress(step, loss)
 
 # %% Writing: the prompt, and what might come after it.
-for start in (map(str.strip, sys.stdin) if prompt == "-" else [prompt]):
+for start in ((line.rstrip("\n") for line in sys.stdin) if prompt == "-" else [prompt]):
     known = set(start) <= set(chars)
     known or print(f"some of these characters are unknown; known are {''.join(chars)!r}")
     for i in range(samples if known else 0):

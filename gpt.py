@@ -92,14 +92,14 @@ if load or resume:
     given = {name: globals()[name] for name in [arg[2:].partition("=")[0] for arg in argv]}
     warnings.simplefilter("ignore")  # where the file is no model, the line below is enough
     try:
-        kept = torch.load(load or resume, map_location="cpu", weights_only=True)
+        kept = torch.load(resume or load, map_location="cpu", weights_only=True)
         shape = {k: kept["settings"][k] for k in ("n_embd", "n_head", "n_layer", "block_size")}
         globals().update(kept["settings"] | given)
     except Exception as why:
-        check(False, f"{load or resume} is no model kept by gpt.py ({type(why).__name__})")
-    check(shape | given == given | shape, f"the model in {load or resume} has to keep {shape}")
+        check(False, f"{resume or load} is no model kept by gpt.py ({type(why).__name__})")
+    check(shape | given == given | shape, f"the model in {resume or load} has to keep {shape}")
     no_text = not resume and max_iters == 0
-    text_file = "" if no_text else text_file
+    text_file, save = ("nothing new", "") if no_text else (text_file, save)
 for name, least in dict(batch_size=1, block_size=1, max_iters=0, learning_rate=0, eval_interval=1,
                         seed=0, samples=1, max_new_tokens=0, temperature=0.001, top_k=0,
                         n_embd=1, n_head=1, n_layer=1,  # Step 1, Step 4, Step 9
@@ -108,7 +108,7 @@ for name, least in dict(batch_size=1, block_size=1, max_iters=0, learning_rate=0
 check(dropout < 1, f"{dropout=} should be below 1")  # Step 10
 check(n_embd % (4 * n_head) == 0, f"{n_embd=} should be a multiple of 4 * n_head = {4 * n_head}")
 check(dtype in ("auto", "bfloat16", "float32"), f"{dtype=} should be auto, bfloat16 or float32")
-check(os.access(Path(save).parent, os.W_OK), f"{save=} should lie in a folder you may write to")
+check(not save or os.access(Path(save).parent, os.W_OK), f"{save=} has no writable folder")
 # Step 16: several devices. Every process started by torchrun works on its share of each batch.
 world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 check(batch_size % world == 0, f"{batch_size=} should be a multiple of the {world} processes")
@@ -209,7 +209,7 @@ speeds = 10000 ** -torch.linspace(0, 1, n_embd // n_head // 2, device=device)  #
 angles = torch.arange(block_size, device=device)[:, None] * speeds  # (T, D/2)
 def rotate(x):
     """Turn pair x[i], x[i + D/2] by position * speeds[i] radians: fast ones tell near places apart,
-    slow ones far. Of q turned by a and k by b, q @ k.mT sees a - b (Su 2021, arXiv:2104.09864)."""
+    slow ones far. Of q turned by m and k by n, q @ k.mT sees m - n (Su 2021, arXiv:2104.09864)."""
     cos, sin = angles[:x.shape[2]].cos().to(x), angles[:x.shape[2]].sin().to(x)  # each (T, D/2)
     a, b = x.chunk(2, dim=-1)  # each (B, H, T, D/2)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
@@ -220,7 +220,7 @@ class FeedForward(nn.Module):
     def __init__(self):
         super().__init__()
         self.up = nn.Linear(n_embd, 4 * n_embd, bias=False)  # looks for 4C patterns (4: custom)
-        self.down = nn.Linear(4 * n_embd, n_embd, bias=False)  # adds what each one found means
+        self.down = nn.Linear(4 * n_embd, n_embd, bias=False)  # adds up what those found mean
     def forward(self, x):
         return self.down(self.up(x).relu_().square())  # square: So et al. 2021, arXiv:2109.08668
 
@@ -239,7 +239,7 @@ class Block(nn.Module):
         super().__init__()
         self.attention, self.feed_forward = Attention(), FeedForward()
         # Step 8: residual connections and LayerNorm. x + f(x), f being attention or feed-forward,
-        # passes gradients whole: x has slope 1. f reads x normed (mean 0, variance 1) and shifted.
+        # passes gradients whole: its slope is 1 + f'. x may grow: f reads it at mean 0, variance 1.
         self.norm1, self.norm2 = nn.LayerNorm(n_embd, bias=False), nn.LayerNorm(n_embd, bias=False)
     def forward(self, x):
         x = x + self.attention(shift(self.norm1(x)))  # (B, T, C)
@@ -258,7 +258,7 @@ class LanguageModel(nn.Module):
         # Step 10: dropout. In training, whole characters are blanked at random, so that a passage
         # is never the same twice and hard to learn by heart. In use, nothing has to be hidden.
         self.dropout = nn.Dropout1d(dropout)  # all C of a position to 0; the rest grows to make up
-        # Step 11: initialisation. Zeros: all equally likely. At the very first, only these learn.
+        # Step 11: initialisation. Zeros: all equally likely. They let no gradient by, but get one.
         nn.init.zeros_(self.lm_head.weight)
     @autocast  # Step 14: in here, matrix products are in fast_dtype
     def forward(self, idx, targets=None):
@@ -289,14 +289,14 @@ class LanguageModel(nn.Module):
 
 # %% Step 12: Muon. Gradients push mostly along few directions; now all directions learn alike.
 class Muon(torch.optim.Optimizer):
-    """For matrices in blocks. AdamW divides each gradient by its usual size; with Muon, the change
+    """For matrices in blocks. AdamW divides each number by its usual size; with Muon, the change
     of a matrix is alike along all directions (Jordan 2024, kellerjordan.github.io/posts/muon)."""
     def __init__(self, matrices, lr):
         by_shape = {m.shape: [w for w in matrices if w.shape == m.shape] for m in matrices}
         super().__init__([{"params": same} for same in by_shape.values()], {"lr": lr})
     @torch.no_grad()
     def step(self):
-        """Adjust all of one shape as a stack (N, rows, columns); the first keeps their mean."""
+        """Adjust all of one shape as a stack (N, rows, columns); the first holds all means."""
         for group in self.param_groups:
             lr, grad = group["lr"], torch.stack([weight.grad for weight in group["params"]])
             mean = self.state[group["params"][0]].setdefault("mean", torch.zeros_like(grad))
@@ -305,7 +305,7 @@ class Muon(torch.optim.Optimizer):
             for weight, change in zip(group["params"], orthogonalize(grad.lerp(mean, 0.95))):
                 weight.mul_(1 - lr * weight_decay).sub_(scale * change)
 def orthogonalize(m):
-    """Bring the strengths of m (singular values s) near 1: five times, by matrix products alone, s
+    """Bring all singular values s of matrices m, how far they stretch, to 0.7 to 1.2: five times, s
     becomes 3.4445 s - 4.7750 s^3 + 2.0315 s^5 (Newton-Schulz; the numbers were found by search)."""
     x = (m.mT if m.shape[1] > m.shape[2] else m).to(fast_dtype)  # wide: a is small
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value exceeds 1
@@ -352,7 +352,7 @@ def show_progress(step, loss):
 
 # %% Step 15 (to skip): the best model and the state of the run, in one file.
 parts = {"model": model, "optimizer": optimizer, "muon": muon}
-best, first_step, history, interrupted = {"val_loss": math.inf}, 0, {}, []
+best, first_step, interrupted = {"val_loss": math.inf, "curve": {}}, 0, []
 if kept:
     model.load_state_dict(kept["best"]["weights"])
 if resume:
@@ -367,7 +367,7 @@ if resume:
         first_step = max_iters + 1
 def keep(step, train_loss, val_loss):
     """Note the losses and, if val_loss is the lowest so far, the weights; write all to save."""
-    history[step] = [train_loss, val_loss]
+    best["curve"][step] = [train_loss, val_loss]
     if val_loss < best["val_loss"]:
         weights = {name: weight.cpu().clone() for name, weight in model.state_dict().items()}
         best.update(step=step, val_loss=val_loss, weights=weights)
@@ -423,7 +423,7 @@ if not no_text:
 world > 1 and torch.distributed.destroy_process_group()  # Step 16
 
 # %% Writing: the prompt, and what might come after it.
-for start in (map(str.strip, sys.stdin) if prompt == "-" else [prompt]):
+for start in ((line.rstrip("\n") for line in sys.stdin) if prompt == "-" else [prompt]):
     known = set(start) <= set(chars)
     known or print(f"some of these characters are unknown; known are {''.join(chars)!r}")
     for i in range(samples if known else 0):
@@ -436,15 +436,15 @@ try:
 except ImportError:
     plt = None
     print("pip install matplotlib, and each training ends with a picture of the model, gpt.png")
-if plt and history and not rank:
+if plt and best["curve"] and not rank:
     seen = encode(((prompt if prompt != "-" else "") + decode(val_data[:32]))[:min(32, block_size)])
     model.eval()(seen[None].to(device))  # sets the patterns
     figure, axes = plt.subplots(1, n_head + 1, figsize=(5 * n_head + 5, 5), layout="constrained")
-    axes[0].plot(list(history), list(history.values()), label=["train loss", "val loss"])
-    axes[0].legend(), axes[0].set(xlabel="adjustments of the weights", title="nats per character")
+    axes[0].plot(list(best["curve"]), list(best["curve"].values()), label=["train", "val"])
+    axes[0].legend(), axes[0].set(xlabel="adjustments", title="loss, nats per character")
     for head, axis in enumerate(axes[1:]):
         axis.imshow(model.blocks[-1].attention.pattern[0, head].float().cpu().numpy(), cmap="Blues")
         axis.set(title=f"head {head + 1}", xlabel="looked at", ylabel="looking")
         for ticks in (axis.set_xticks, axis.set_yticks):
             ticks(range(len(seen)), [repr(char)[1:-1] for char in decode(seen)])
-    figure.savefig("gpt.png")
+    write_whole("gpt.png", lambda part: figure.savefig(part, format="png"))

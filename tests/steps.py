@@ -46,10 +46,11 @@ EDITS = {
     12: [(BOTH, ADAMW), (', "muon": muon}', "}"), (", (muon, muon_lr))", ",)"),
          ("    muon.step()  # Step 12\n", "")],
     13: [("    fraction = 1 - step / max_iters\n", "    fraction = 1\n")],
-    14: [('dtype = "auto"', 'dtype = "float32"')],
+    14: [('dtype = "auto"', 'dtype = "float32"'),
+         ("    @autocast  # Step 14: in here, matrix products are in fast_dtype\n", "")],
 }
 UNUSED = {2: ["Attention"], 3: ["speeds", "angles", "rotate"], 6: ["FeedForward"], 7: ["shift"],
-          12: ["Muon", "orthogonalize", "matrices", "others"]}
+          12: ["Muon", "orthogonalize", "matrices", "others"], 14: ["can", "fast", "autocast"]}
 NOTES = {12: "AdamW at 0.004 for all weights", 14: "in float32"}
 LADDER = [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13]
 

@@ -86,7 +86,7 @@ CASES = [  # arguments, and what the one line must say
     ("--load=good.pt --n_layer=1", r"the model in good.pt has to keep \{.*'n_layer': 2.*\}"),
     ("--load=good.pt --text_file=snow.txt", r"'\N{SNOWMAN}' \(7 times\) not in the vocabulary, .*"),
     ("--prompt=\N{SNOWMAN}", r"'\N{SNOWMAN}' \(1 times\) not in the vocabulary, .*"),
-    ("--save=nowhere/gpt.pt", r"save='nowhere/gpt.pt' should lie in a folder you may write to"),
+    ("--save=nowhere/gpt.pt", r"save='nowhere/gpt.pt' has no writable folder"),
 ]
 if not torch.cuda.is_available():
     CASES += [("--device=cuda", r"device=cuda cannot be used .*; try --device=cpu")]
@@ -193,6 +193,14 @@ def test_a_full_disk_while_saving_leaves_the_old_file_whole(tmp_path, small_text
     assert re.fullmatch(r"error: cannot write gpt.pt \(is the disk full\?\): .*\n", done.stderr)
     assert [path.name for path in tmp_path.iterdir()] == ["gpt.pt"]
     assert (tmp_path / "gpt.pt").read_bytes() == b"the model of yesterday"
+
+
+def test_a_picture_that_cannot_be_written_is_named(tmp_path, small_text):
+    (tmp_path / "gpt.png").mkdir()
+    done = run(ROOT / "gpt.py", f"--text_file={small_text}", "--max_iters=5", cwd=tmp_path)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: cannot write gpt.png .*\n", done.stderr)
+    assert [path.name for path in tmp_path.iterdir()] == ["gpt.png"]
 
 
 def test_what_cannot_be_printed_never_ends_a_run(tmp_path):

@@ -191,10 +191,11 @@ def test_help_lists_every_option_with_its_default(script, small_text, tmp_path):
 
 def test_prompts_from_the_keyboard(small_text, tmp_path):
     done = run(ROOT / "bigram.py", f"--text_file={small_text}", "--prompt=-", cwd=tmp_path,
-               input="First\n\N{SNOWMAN}\nSpeak\n")
+               input="First\n\N{SNOWMAN}\nSpeak \n")
     answers = done.stdout.split("--- sample 1 of 1 ---\n")[1:]
     assert done.returncode == 0 and done.stderr == ""
     assert [answer[:5] for answer in answers] == ["First", "Speak"]
+    assert len(answers[1]) == len("Speak ") + 5 + 1  # the space is part of the prompt
     assert done.stdout.count("some of these characters are unknown") == 1
 
 
