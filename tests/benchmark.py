@@ -138,7 +138,9 @@ def main():
               f"{row['sample']:.1f} | {row['memory']:.2f} | {rival:.0f} | "
               f"{row['seconds'] / rival:.2f} |", flush=True)
     mean = sum(row["loss"] for row in rows) / len(rows)
-    print(f"\nMean validation loss {mean:.4f}.\n\n```mermaid\nxychart-beta")
+    print(f"\nMean validation loss {mean:.4f}.\n\n```mermaid")
+    print('%%{init: {"themeVariables": {"xyChart": {"plotColorPalette": "#2563eb"}}}}%%')
+    print(f'xychart-beta\n    title "gpt.py, seed {args.seeds.split(",")[0]}"')
     print(f'    x-axis "seconds" [{", ".join(f"{t:.0f}" for t, _, _ in rows[0]["curve"])}]')
     print('    y-axis "validation loss" 1 --> 4.5')
     print(f'    line [{", ".join(f"{loss:.3f}" for _, _, loss in rows[0]["curve"])}]\n```\n')
