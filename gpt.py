@@ -227,10 +227,10 @@ class FeedForward(nn.Module):
 # %% Step 7: token shift. Neighbours matter most, so they are at hand without any attention.
 def shift(x):
     """Keep half the numbers of x (B, T, C), take a quarter from the position before, and a quarter
-    from the one before that (after Peng et al. 2023, arXiv:2305.13048)."""
-    past = F.pad(x, (0, 0, 2, 0))  # (B, T+2, C): 2 places of 0 in front; [:, 1:-1]: one back
-    half, quarter = n_embd // 2, n_embd // 4
-    return torch.cat([x[..., :half], past[:, 1:-1, half:-quarter], past[:, :-2, -quarter:]], dim=-1)
+    from the one before that; pad puts zeros first (after Peng et al. 2023, arXiv:2305.13048)."""
+    x0, x1, x2 = x.split([n_embd // 2, n_embd // 4, n_embd // 4], dim=-1)
+    x1, x2 = F.pad(x1, (0, 0, 1, 0))[:, :-1], F.pad(x2, (0, 0, 2, 0))[:, :-2]  # each (B, T, C/4)
+    return torch.cat([x0, x1, x2], dim=-1)
 
 # %% A block: communication (Steps 2 to 5), then computation (Step 6); Step 7 before each.
 class Block(nn.Module):
