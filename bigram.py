@@ -146,14 +146,15 @@ class LanguageModel(nn.Module):
         rng = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         self.eval()
         for _ in range(max_new_tokens):
-            logits = self(idx[:, -block_size:])[0][:, -1]  # (B, V): [0] logits, -1 last position
+            T = min(idx.shape[1], block_size)  # Every new length costs time: pad to a few of them.
+            padded = F.pad(idx[:, -T:], (0, min(-T % 32, block_size - T)))  # T does not see beyond.
+            logits = self(padded)[0][:, T - 1]  # (B, V): [0] logits, T - 1 the last character
             logits = logits / temperature  # below 1 widens the gaps: the likeliest wins more often
             kth = logits.topk(min(top_k or vocab_size, vocab_size)).values[:, -1:]  # (B, 1): k-th
             logits = logits.masked_fill(logits < kth, -math.inf)  # those below it: probability 0
             new = torch.multinomial(logits.softmax(dim=-1), 1, generator=rng)  # (B, 1)
             idx = torch.cat([idx, new], dim=1)
-            if stream:
-                print(decode(new[0]), end="", flush=True)
+            stream and print(decode(new[0]), end="", flush=True)
         self.train(training)
         return idx
 model = LanguageModel().to(device)
@@ -174,8 +175,7 @@ def estimate_loss():
         # The split can be cut into many windows; measure count of them, spread evenly.
         places = (torch.arange(count, device=device) * ((len(split) - 1) // block_size)) // count
         chunks = split[places[:, None] * block_size + window].long().split(batch_size)
-        total = sum(float(model(c[:, :-1], c[:, 1:])[1]) * len(c) for c in chunks)
-        losses.append(total / count)
+        losses.append(sum(float(model(c[:, :-1], c[:, 1:])[1]) * len(c) for c in chunks) / count)
     model.train()
     return losses
 terminal, times, recent = sys.stdout.isatty(), [], []

@@ -164,12 +164,13 @@ def test_generate(gpt):
     assert not torch.equal(out, model.generate(idx, 6, seed=6))
     cropped = model.generate(idx[:, -size:], 6, seed=5)  # more context than that is never seen
     assert torch.equal(cropped[:, size:], out[:, size + 9:])
-    greedy, expected = model.generate(idx, 4, top_k=1), idx
-    for _ in range(4):
-        best = model(expected[:, -size:])[0][:, -1].argmax(dim=1, keepdim=True)
-        expected = torch.cat([expected, best], dim=1)
-    assert torch.equal(greedy, expected)
-    assert torch.equal(model.generate(idx, 4, temperature=0.001, seed=1), expected)
+    for start in (idx[:, :1], idx[:, :size - 2], idx):
+        expected = start
+        for _ in range(4):
+            best = model(expected[:, -size:])[0][:, -1].argmax(dim=1, keepdim=True)
+            expected = torch.cat([expected, best], dim=1)
+        assert torch.equal(model.generate(start, 4, top_k=1), expected)
+    assert torch.equal(model.generate(idx, 4, temperature=1e-7, seed=1), expected)
 
 
 def test_dropout_blanks_whole_characters_and_only_in_training(tmp_path):
