@@ -141,14 +141,14 @@ class LanguageModel(nn.Module):
         return logits, (None if targets is None else F.cross_entropy(logits.mT, targets))
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, seed=None, stream=False):
-        """Continue ids (B, T) one by one, repeatably with a seed; stream prints the first row."""
+        """Continue B rows of ids one by one, repeatably with a seed; stream prints the first."""
         training, idx = self.training, idx.to(next(self.parameters()).device)
         rng = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         self.eval()
         for _ in range(max_new_tokens):
-            T = min(idx.shape[1], block_size)  # Every new length costs time: pad to a few of them.
-            padded = F.pad(idx[:, -T:], (0, min(-T % 32, block_size - T)))  # T does not see beyond.
-            logits = self(padded)[0][:, T - 1]  # (B, V): [0] logits, T - 1 the last character
+            T = min(idx.shape[1], block_size)  # Always fill the window: new lengths can be slow,
+            full = F.pad(idx[:, -T:], (0, block_size - T))  # and no character looks ahead.
+            logits = self(full)[0][:, T - 1]  # (B, V): [0] logits, T - 1 the last character
             logits = logits / temperature  # below 1 widens the gaps: the likeliest wins more often
             kth = logits.topk(min(top_k or vocab_size, vocab_size)).values[:, -1:]  # (B, 1): k-th
             logits = logits.masked_fill(logits < kth, -math.inf)  # those below it: probability 0
@@ -157,7 +157,7 @@ class LanguageModel(nn.Module):
             stream and print(decode(new[0]), end="", flush=True)
         self.train(training)
         return idx
-model = LanguageModel().to(device)
+model = LanguageModel().to(device)  # made here, with random weights; next, what adjusts them
 optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)  # each at its own pace
 def write(start, length, seed):
     """Print a start and its continuation, character by character as they are drawn."""

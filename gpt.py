@@ -219,7 +219,7 @@ class FeedForward(nn.Module):
     """(B, T, C) to (B, T, C). Without ReLU (negative numbers to 0), two maps would be as one."""
     def __init__(self):
         super().__init__()
-        self.up = nn.Linear(n_embd, 4 * n_embd, bias=False)  # looks for 4C patterns (4: custom)
+        self.up = nn.Linear(n_embd, 4 * n_embd, bias=False)  # looks for 4C patterns (4 by custom)
         self.down = nn.Linear(4 * n_embd, n_embd, bias=False)  # adds up what those found mean
     def forward(self, x):
         return self.down(self.up(x).relu_().square())  # square: So et al. 2021, arXiv:2109.08668
@@ -258,7 +258,7 @@ class LanguageModel(nn.Module):
         # Step 10: dropout. In training, whole characters are blanked at random, so that a passage
         # is never the same twice and hard to learn by heart. In use, nothing has to be hidden.
         self.dropout = nn.Dropout1d(dropout)  # all C of a position to 0; the rest grows to make up
-        # Step 11: initialisation. Zeros: all equally likely. They let no gradient by, but get one.
+        # Step 11: initialisation. Zeros: all equally likely. Only they have a gradient, at first.
         nn.init.zeros_(self.lm_head.weight)
     @autocast  # Step 14: in here, matrix products are in fast_dtype
     def forward(self, idx, targets=None):
@@ -271,14 +271,14 @@ class LanguageModel(nn.Module):
         return logits, (None if targets is None else F.cross_entropy(logits.mT, targets))
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, seed=None, stream=False):
-        """Continue ids (B, T) one by one, repeatably with a seed; stream prints the first row."""
+        """Continue B rows of ids one by one, repeatably with a seed; stream prints the first."""
         training, idx = self.training, idx.to(next(self.parameters()).device)
         rng = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         self.eval()
         for _ in range(max_new_tokens):
-            T = min(idx.shape[1], block_size)  # Every new length costs time: pad to a few of them.
-            padded = F.pad(idx[:, -T:], (0, min(-T % 32, block_size - T)))  # T does not see beyond.
-            logits = self(padded)[0][:, T - 1]  # (B, V): [0] logits, T - 1 the last character
+            T = min(idx.shape[1], block_size)  # Always fill the window: new lengths can be slow,
+            full = F.pad(idx[:, -T:], (0, block_size - T))  # and no character looks ahead.
+            logits = self(full)[0][:, T - 1]  # (B, V): [0] logits, T - 1 the last character
             logits = logits / temperature  # below 1 widens the gaps: the likeliest wins more often
             kth = logits.topk(min(top_k or vocab_size, vocab_size)).values[:, -1:]  # (B, 1): k-th
             logits = logits.masked_fill(logits < kth, -math.inf)  # those below it: probability 0
@@ -290,8 +290,8 @@ class LanguageModel(nn.Module):
 
 # %% Step 12: Muon. Gradients push mostly along few directions; now all directions learn alike.
 class Muon(torch.optim.Optimizer):
-    """For matrices in blocks. AdamW divides each number by its usual size; with Muon, the change
-    of a matrix is alike along all directions (Jordan 2024, kellerjordan.github.io/posts/muon)."""
+    """For matrices in blocks. AdamW divides each number of a gradient by its usual size; Muon makes
+    it alike in all directions of its matrix (Jordan 2024, kellerjordan.github.io/posts/muon)."""
     def __init__(self, matrices, lr):
         by_shape = {m.shape: [w for w in matrices if w.shape == m.shape] for m in matrices}
         super().__init__([{"params": same} for same in by_shape.values()], {"lr": lr})
@@ -306,7 +306,7 @@ class Muon(torch.optim.Optimizer):
             for weight, change in zip(group["params"], orthogonalize(grad.lerp(mean, 0.95))):
                 weight.mul_(1 - lr * weight_decay).sub_(scale * change)
 def orthogonalize(m):
-    """Bring all singular values s of matrices m, how far they stretch, to 0.7 to 1.2: five times, s
+    """Bring singular values s of matrices m, how far they stretch, near 1 (tiny s less): 5 times, s
     becomes 3.4445 s - 4.7750 s^3 + 2.0315 s^5 (Newton-Schulz; the numbers were found by search)."""
     x = (m.mT if m.shape[1] > m.shape[2] else m).to(fast_dtype)  # wide: a is small
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value exceeds 1
@@ -314,7 +314,7 @@ def orthogonalize(m):
         a = x @ x.mT  # a x: x with s^3; a a x: with s^5. baddbmm(c, m, n): beta c + alpha m n
         x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return (x.mT if m.shape[1] > m.shape[2] else x).to(m)
-model = LanguageModel().to(device)
+model = LanguageModel().to(device)  # made here, with random weights; next, what adjusts them
 matrices = [weight for weight in model.blocks.parameters() if weight.ndim == 2]  # Step 12
 others = [w for w in model.parameters() if w not in set(matrices)]  # embedding, lm_head, norms
 optimizer, muon = torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, lr=muon_lr)
@@ -407,8 +407,8 @@ for step in [] if no_text else range(first_step, max_iters + 1):  # Step 15
     logits, loss = model(inputs, targets)
     model.zero_grad()  # or the new gradients would be added to the old
     loss.backward()
-    for weight in (model.parameters() if world > 1 else []):  # Step 16: same mean, equal copies
-        torch.distributed.all_reduce(weight.grad.div_(world))
+    for weight in (model.parameters() if world > 1 else []):  # Step 16: to stay equal,
+        torch.distributed.all_reduce(weight.grad.div_(world))  # all take the mean gradient
     optimizer.step()
     muon.step()  # Step 12
     show_progress(step, loss)
