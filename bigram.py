@@ -1,220 +1,367 @@
-"""bigram.py: the simplest language model. It reads one character and guesses the next.
-    python bigram.py --prompt="ROMEO:"    trains on input.txt, then writes (--help: all options)
-Expect seconds on any computer, a validation loss near 2.5, and text that is right in little more
-than pairs of letters. gpt.py is this script with a transformer in place of the table.
-Shapes in comments: B batch_size, T time (at most block_size), V vocab_size.
+"""bigram.py: the simplest language model. From one character, it guesses the next.
+
+    python bigram.py                     learns from input.txt in seconds, then writes
+    python bigram.py --prompt="ROMEO:"   the same, and writes on from your words
+
+The whole machine: character -> id -> a row of a table, with a score for every character
+that may come next -> draw one, append it, repeat.
+
+gpt.py is this script with a transformer in place of the table.
+
+Shapes in comments: B batch_size, T time (up to block_size), V vocab_size.
 """
-# %% Imports
-import hashlib, math, os, re, sys, time
+
+# %%
+import argparse
+import difflib
+import hashlib
+import inspect
+import math
+import os
+import re
+import signal
+import sys
+import time
 from pathlib import Path
-import numpy as np
+
 import requests
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% Hyperparameters: change them here or by --name=value. Of two values, the first is for CUDA.
-argv = [] if (notebook := "ipykernel" in sys.modules) else sys.argv[1:]  # none in a notebook
-device = "cuda" if torch.cuda.is_available() else "cpu"  # what computes: cuda, cpu or mps?
-gpu = [device, *(a[9:] for a in argv if a[:9] == "--device=")][-1][:4] == "cuda"  # which preset?
-text_file = "input.txt"  # what to learn from: any text in UTF-8; input.txt, if missing, comes from
-text_url = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"  # here
-text_sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # its checksum
-seed = 1337  # the same seed on the same machine gives the same run
-batch_size = 16 if gpu else 8  # how many windows of text are learnt from at once?
-block_size = 256  # how long is a window, in characters: the most a prediction can look back on?
-max_iters = 2000 if gpu else 1200  # how many times are the weights adjusted?
-learning_rate = 0.05  # how far does each adjustment go?
-eval_interval = 400 if gpu else 300  # how many adjustments between two measurements of the loss?
-prompt = ""  # what does the sample continue? Empty: a new line; -: what you type
-samples = 1  # how many continuations of it?
-max_new_tokens = 500  # how many characters does each have?
-temperature = 0.8  # below 1 keeps to likely characters, above 1 dares more
-top_k = 0  # draw from the k likeliest characters only; 0: from all
+# %% [markdown]
+# ## Hyperparameters
+# The numbers that are not learned but chosen. Change them here, or on the command
+# line, for example with `--max_iters=300`.
 
-# %% Machinery (to skip on a first reading): mistakes told in one line, and --name=value.
-def check(fine, problem):
-    """Unless all is fine, say in one line what is not and end with exit status 2."""
-    if not fine:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
-def explain(kind, error, trace):
-    """The hook for uncaught errors: one line if the user can mend it, else the traceback."""
-    if kind in (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C; or `| head`, which has seen enough
-        os._exit(130 if kind is KeyboardInterrupt else 0)
-    hints = {UnicodeDecodeError: f"text_file={text_file} is not UTF-8; save it as UTF-8 first",
-             requests.RequestException: f"no {text_url} ({error}): save it as input.txt by hand",
-             torch.OutOfMemoryError: f"out of memory; lower batch_size={batch_size}",
-             OSError: f"{error}; give the path of a text in UTF-8"}
-    for known, hint in hints.items():
-        check(not isinstance(error, known), hint)
-    sys.__excepthook__(kind, error, trace)
-def write_whole(path, write):
-    """Let write(part) make a file, then call it path: no one ever finds half a file there."""
-    part = Path(f"{path}.part")
-    try:
-        write(part)
-        part.replace(path)
-    except (OSError, RuntimeError) as why:
-        part.unlink(missing_ok=True)
-        check(False, f"cannot write {path} (is the disk full?): {str(why).splitlines()[0]}")
-sys.excepthook = explain
-notebook or sys.stdout.reconfigure(errors="replace", line_buffering=True)  # prints ? if it must
-settings = {k: v for k, v in globals().items() if type(v) in (int, float, str) and k[0] != "_"}
-if "--help" in argv:
-    block = Path(__file__).read_text("utf-8").partition("# %% Machinery")[0]
-    for name, gloss in re.findall(r"(?m)^(\w+) = .+  # (.+)", block):
-        name in settings and print(f"--{name}={settings[name]!r}  {gloss}")
-    sys.exit()
-for arg in argv:
-    name, equals, value = arg.removeprefix("--").partition("=")
-    check(arg[:2] == "--" and equals and name in settings,
-          f"{arg} is not --name=value with a name out of {', '.join(settings)}")
-    try:
-        globals()[name] = type(settings[name])(value)
-    except ValueError:
-        check(False, f"{name}={value} should be of type {type(settings[name]).__name__}")
-for name, least in dict(batch_size=1, block_size=1, max_iters=0, learning_rate=0, eval_interval=1,
-                        seed=0, samples=1, max_new_tokens=0, temperature=0.001, top_k=0).items():
-    check(globals()[name] >= least, f"{name}={globals()[name]} should be {least} or more")
-try:
-    torch.zeros(1, device=device)
-except Exception as why:
-    check(False, f"device={device} cannot be used ({str(why).splitlines()[0]}); try --device=cpu")
-torch.manual_seed(seed)
+# %%
+text_file = "input.txt"  # what to learn from: any text in UTF-8
+device = "cuda" if torch.cuda.is_available() else "cpu"  # what computes?
+seed = 1337              # where does chance begin? The same seed gives the same run
+batch_size = 8           # how many pieces of text are learned from at once?
+block_size = 256         # context length: how many characters does a piece have?
+max_iters = 1200         # training steps: how often are the weights adjusted?
+eval_interval = 300      # how many steps from one evaluation to the next?
+prompt = ""              # what shall the model continue? (-: what you type)
+samples = 1              # how many continuations?
+max_new_tokens = 500     # how many characters does each have?
+temperature = 0.8        # below 1 keeps to likely characters, above 1 dares more
+top_k = 0                # draw from the k likeliest characters only (0: from all)
+learning_rate = 0.05     # how far does one step go?
 
-# %% The text: input.txt beside this script, downloaded where it is missing; or a file of yours.
-default = text_file == "input.txt"
-path = (Path(globals().get("__file__", "")).parent if default else Path()) / text_file
-if default and not path.exists():
-    reply = requests.get(text_url, timeout=30)
+
+# %% [markdown]
+# ## Options
+# Each of these is also an option of the command line, which is read here. Nothing in
+# this cell is about language models.
+
+# %%
+script = Path(vars().get("__file__", "notebook"))
+command = Path(sys.argv[0]).name in str(script)  # or are we in a notebook?
+parser = argparse.ArgumentParser(script.name, argparse.SUPPRESS, allow_abbrev=False,
+                                 argument_default=argparse.SUPPRESS)
+given = {}
+if command:
+    source = inspect.getsource(sys.modules["__main__"]).split("## Options")[0]
+    glosses = dict(re.findall(r"(?m)^(\w+) = .+?  # (.+)", source))
+    for name, gloss in glosses.items():
+        parser.add_argument(f"--{name}", type=type(vars()[name]), help=gloss)
+    found, unknown = parser.parse_known_args()
+    for word in unknown:
+        near = difflib.get_close_matches(word.strip("-").split("=")[0], glosses)
+        parser.error(f"there is no {word} (nearest: {near}); --help lists all options")
+    given = vars(found)
+
+for name, value in given.items():
+    least = 1 if name.startswith("n_") or name.endswith(("_size", "_interval")) else 0
+    if type(value) is not str and not least <= value < 2**63:
+        parser.error(f"{name}={value} should be {least} or more")
+vars().update(given)
+
+# %% [markdown]
+# ## The text
+# About a million characters of Shakespeare. The model will see nothing else, ever.
+# Where the file is missing, it is downloaded.
+
+# %%
+url = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"
+sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+def read_text():
+    """Return the text of text_file; input.txt lies beside this script."""
+    path = Path(text_file)
+    try:
+        if text_file == "input.txt":
+            path = script.parent / text_file
+            if not path.exists():
+                download(path)
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeError) as error:
+        parser.error(f"no text in UTF-8 at {path} ({error}); put one there by hand")
+
+
+def download(path):
+    """Save the text at url as path, if its checksum is right."""
+    reply = requests.get(url, timeout=30)
     reply.raise_for_status()
-    check(hashlib.sha256(reply.content).hexdigest() == text_sha256,
-          f"{text_url} is not the text expected; save the right one by hand as {path}")
-    write_whole(path, lambda part: part.write_bytes(reply.content))
-text = path.read_text(encoding="utf-8-sig")
-# The vocabulary: every distinct character is a token, its place in the sorted list is its id.
+    if hashlib.sha256(reply.content).hexdigest() != sha256:
+        raise OSError(f"{url} is not the text expected")
+    unfinished = Path(f"{path}.{os.getpid()}.part")
+    unfinished.write_bytes(reply.content)
+    unfinished.replace(path)  # so that half a text is never taken for the whole
+
+
+text = read_text()
+print(f"{len(text):,} characters, which begin with {text[:14]!r}")
+
+# %% [markdown]
+# ## The vocabulary
+# A model computes with numbers, so every distinct character gets one, its *id*: its
+# place in the sorted list. Encoding and decoding are looking up. The units that a
+# model reads and writes are called *tokens*. Here, a token is a character.
+
+# %%
 chars = sorted(set(text))
-vocab_size, char_to_id = len(chars), {char: i for i, char in enumerate(chars)}
+vocab_size = len(chars)
+char_to_id = {char: i for i, char in enumerate(chars)}
+
+
 def encode(string):
-    """String to token ids (T,); characters outside the vocabulary are an error, and named."""
-    unknown = [f"{c!r} ({string.count(c)} times)" for c in sorted(set(string) - set(chars))[:20]]
-    check(not unknown, f"{', '.join(unknown)} not in the vocabulary, {''.join(chars)[:500]!r}")
-    return torch.from_numpy(np.fromiter(map(char_to_id.get, string), np.int32, len(string)))
+    """Turn a string into a tensor of ids (T,)."""
+    return torch.tensor([char_to_id[char] for char in string], dtype=torch.long)
+
+
 def decode(ids):
-    """Token ids to the string they stand for; the inverse of encode."""
+    """Turn ids back into the string they stand for."""
     return "".join(chars[i] for i in ids)
-# The last tenth is never trained on: the loss there tells learning from learning by heart.
-train_data, val_data = encode(text).to(device).tensor_split([int(0.9 * len(text))])
-check(len(val_data) > block_size, f"{text_file=} too short for {block_size=}")
-newline = "\n" if "\n" in chars else chars[0]  # the start where none is given
-encode("" if prompt == "-" else prompt)  # complain now, not after the training
 
-# %% Batches: windows of the text in random order; one pass (epoch) ends before the next begins.
-rng = torch.Generator(device).manual_seed(seed)  # for windows only: samples change no training
-window = torch.arange(block_size + 1, device=device)
-queue = window[:0]  # empty: places in the text where the windows still to come start
-def get_batch():
-    """Return inputs and targets, both (B, T). The targets are the inputs one character later, so
-    every position is an example: given the characters up to here, which one comes next?"""
-    global queue
-    while len(queue) < batch_size:  # too few left: cut the text anew, at other places
-        end = len(train_data) - block_size
-        offset = torch.randint(min(block_size, end), (1,), device=device, generator=rng).item()
-        cuts = torch.arange(offset, end, block_size, device=device)
-        queue = torch.cat([queue, cuts[torch.randperm(len(cuts), device=device, generator=rng)]])
-    at, queue = queue[:batch_size, None], queue[batch_size:]  # (B, 1)
-    chunk = train_data[at + window].long()  # (B, T+1): each start (B, 1) + window (T+1)
-    return chunk[:, :-1], chunk[:, 1:]
 
-# %% The model: from the characters so far to a score (logit) for each one that might be next.
+print(f"{vocab_size} distinct ones: {''.join(chars)!r}")
+print(f"{text[:5]!r} becomes {encode(text[:5]).tolist()}")
+if prompt != "-" and not set(prompt) <= set(chars):
+    parser.error(f"prompt={prompt!r} has characters that are not in the text")
+
+# The last tenth is never trained on: the loss there tells learning from memorising.
+data = encode(text).to(device)
+train_data = data[:int(0.9 * len(data))]
+val_data = data[int(0.9 * len(data)):]
+if len(val_data) <= block_size:
+    parser.error(f"{text_file} has {len(text)} characters, too few for {block_size=}: "
+                 f"it should have {10 * (block_size + 1)} or more")
+
+# %% [markdown]
+# ## Batches
+# The model learns from pieces of `block_size` characters, `batch_size` of them in
+# each step. The targets are the inputs one character later. So each position in a
+# piece is an example of its own: given the characters up to here, which one comes
+# next?
+#
+# The text is used like a deck of cards. It is cut into pieces, which are shuffled
+# and dealt. When none is left, it is cut anew, at other places, and shuffled again.
+
+# %%
+torch.manual_seed(seed)
+cuts = torch.arange(0, len(train_data) - 2 * block_size, block_size)
+starts = []  # where the pieces begin, for all steps of the training
+while len(starts) <= max_iters * batch_size:
+    offset = torch.randint(block_size, (1,))
+    shuffled = cuts[torch.randperm(len(cuts))]
+    starts += (shuffled + offset).tolist()
+
+
+def get_batch(step):
+    """Return the inputs and the targets of this step (1, 2, ...), both (B, T)."""
+    dealt = starts[(step - 1) * batch_size:step * batch_size]
+    pieces = torch.stack([train_data[i:i + block_size + 1] for i in dealt])  # (B, T+1)
+    return pieces[:, :-1], pieces[:, 1:]
+
+
+inputs, targets = get_batch(1)
+for t in range(1, 5):
+    print(f"after {decode(inputs[0, :t])!r} comes {decode(targets[0, t - 1:t])!r}")
+
+# %% [markdown]
+# ## What a language model does
+# From the characters so far, it gives each character of the vocabulary a score,
+# also called a *logit*: the higher, the likelier this character comes next. Softmax
+# turns the scores into probabilities, which are positive and add up to 1:
+#
+# probability = exp(score) / (sum of exp over all scores)
+#
+# The *loss* is -ln(probability of the character that really came), averaged over
+# all positions. Guessing blindly among 63 characters gives a loss of ln(63) = 4.14.
+# A loss of 1.4 means being as unsure as among exp(1.4) = 4 characters.
+
+# %% [markdown]
+# ## The model: a table
+# The simplest model looks at one character only. It has a table with a row for each
+# character: the scores of all characters that may come after it. All it can learn is
+# which pairs (*bigrams*) are common.
+
+# %%
 class LanguageModel(nn.Module):
-    """Row i of a table holds the scores of the characters that may follow character i."""
+    """From the characters so far to a score for each character that may come next."""
+
     def __init__(self):
         super().__init__()
         self.table = nn.Embedding(vocab_size, vocab_size)
+        nn.init.zeros_(self.table.weight)  # before it learns, all scores are equal
+
     def forward(self, idx, targets=None):
-        """Map ids (B, T) to logits (B, T, V) and, given targets (B, T), their loss (nats: ln)."""
-        assert idx.shape[1] <= block_size, f"{idx.shape[1]} characters exceed {block_size=}"
+        """Return logits (B, T, V) and, where targets (B, T) are given, the loss."""
         logits = self.table(idx)  # (B, T, V)
-        # Mean of -ln(probability of the target). cross_entropy wants (B, V, T): .mT swaps two dims.
-        return logits, (None if targets is None else F.cross_entropy(logits.mT, targets))
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, seed=None, stream=False):
-        """Continue B rows of ids one by one, repeatably with a seed; stream prints the first."""
-        training, idx = self.training, idx.to(next(self.parameters()).device)
-        rng = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
-        self.eval()
-        for _ in range(max_new_tokens):
-            T = min(idx.shape[1], block_size)  # Always fill the window: new lengths can be slow,
-            full = F.pad(idx[:, -T:], (0, block_size - T))  # and no character looks ahead.
-            logits = self(full)[0][:, T - 1]  # (B, V): [0] logits, T - 1 the last character
-            logits = logits / temperature  # below 1 widens the gaps: the likeliest wins more often
-            kth = logits.topk(min(top_k or vocab_size, vocab_size)).values[:, -1:]  # (B, 1): k-th
-            logits = logits.masked_fill(logits < kth, -math.inf)  # those below it: probability 0
-            new = torch.multinomial(logits.softmax(dim=-1), 1, generator=rng)  # (B, 1)
-            idx = torch.cat([idx, new], dim=1)
-            stream and print(decode(new[0]), end="", flush=True)
-        self.train(training)
-        return idx
-model = LanguageModel().to(device)  # made here, with random weights; next, what adjusts them
-optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)  # each at its own pace
+        if targets is None:
+            return logits, None
+        # cross_entropy does both softmax and -ln. It wants a row for each example.
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits, loss
+
+
+# %% [markdown]
+# ## Model and optimizer
+# Here the model is made, with weights that are still random. In each step of the
+# training, an optimizer moves every weight a little against its gradient. AdamW
+# uses a step size of its own for every weight.
+
+# %%
+torch.manual_seed(seed)
+model = LanguageModel().to(device)
+optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate)]  # one, or more
+
+# %% [markdown]
+# ## Evaluation
+# The loss is always measured on the same pieces, one after the other, so that the
+# same model always gets the same number.
+
+# %%
+@torch.no_grad()
+def estimate_loss(data):
+    """Return the mean loss over data (ids), in nats (ln, not log2) per character."""
+    pieces = data.unfold(0, block_size + 1, block_size)  # (pieces, T+1)
+    total = 0.0
+    for batch in pieces.split(batch_size):
+        logits, loss = model(batch[:, :-1], batch[:, 1:])
+        total += loss.item() * len(batch)
+    return total / len(pieces)
+
+
+def evaluate(step):
+    """Print the losses after this step, and a short sample."""
+    train_loss = estimate_loss(train_data[:2**15])  # a part of it is enough
+    val_loss = estimate_loss(val_data[:2**18])
+    line = f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
+    print(line.ljust(79))
+    write("", 80, seed)
+
+
+# %% [markdown]
+# ## Writing
+# One character is drawn from those that may come next, the likely ones more often.
+# It is appended to the text, and the model is asked again.
+
+# %%
+@torch.no_grad()
+def generate(idx, max_new_tokens, temperature=1.0, top_k=0):
+    """Continue idx, ids (T,): yield max_new_tokens new ids, one at a time."""
+    for _ in range(max_new_tokens):
+        logits, _ = model(idx[None, -block_size:])  # (1, T, V): it looks back this far
+        logits = logits[0, -1]                      # (V,): scores after the last one
+        logits = logits / max(temperature, 1e-6)    # below 1, likely ones gain
+        if top_k:
+            least = logits.topk(min(top_k, vocab_size)).values[-1]
+            logits = logits.masked_fill(logits < least, -math.inf)
+        probs = F.softmax(logits, dim=-1)           # (V,)
+        new = torch.multinomial(probs, 1)           # (1,): draw one
+        idx = torch.cat([idx, new])                 # append it
+        yield new.item()
+
+
 def write(start, length, seed):
-    """Print a start and its continuation, character by character as they are drawn."""
+    """Print start, and what the model writes after it as it comes."""
+    torch.manual_seed(seed)
     print(start, end="")
-    model.generate(encode(start)[None], length, temperature, top_k, seed, stream=True)
+    idx = encode(start or chars[0]).to(device)  # nothing given: start from a line end
+    for new in generate(idx, length, temperature, top_k):
+        print(chars[new], end="", flush=True)
     print()
 
-# %% Measuring: always on the same windows, so the same model always gets the same number.
-@torch.no_grad()
-def estimate_loss():
-    """Mean losses on train_data and val_data, nats per character, of 2**18 characters at most."""
-    losses, count = [], min(len(val_data) - 1, 2**18) // block_size
-    model.eval()  # evaluation mode: nothing is left to chance
-    for split in (train_data, val_data):
-        # The split can be cut into many windows; measure count of them, spread evenly.
-        places = (torch.arange(count, device=device) * ((len(split) - 1) // block_size)) // count
-        chunks = split[places[:, None] * block_size + window].long().split(batch_size)
-        losses.append(sum(float(model(c[:, :-1], c[:, 1:])[1]) * len(c) for c in chunks) / count)
-    model.train()
-    return losses
-terminal, times, recent = sys.stdout.isatty(), [], []
+
+# %% [markdown]
+# ## Training
+# Take a batch, compute the loss, let backpropagation find out how each weight
+# changes the loss, and move each weight a little the other way. Again and again.
+
+# %%
+def train(first_step=0):
+    """Adjust the weights of the model step by step, up to max_iters."""
+    evaluate(first_step)
+    for step in range(first_step + 1, max_iters + 1):
+        inputs, targets = get_batch(step)
+        logits, loss = model(inputs, targets)
+        model.zero_grad()      # forget the gradients of the step before
+        loss.backward()        # find the gradient of the loss for every weight
+
+        for optimizer in optimizers:
+            optimizer.step()   # move every weight a little against its gradient
+
+        show_progress(step, loss)
+        if step % eval_interval == 0 or step == max_iters:
+            evaluate(step)
+
+
+# %% [markdown]
+# # Running it
+#
+# ## Progress
+# On a terminal, a line tells the speed and the time left. (Nothing in this cell is
+# about language models.)
+
+# %%
+for stream in (sys.stdin, sys.stdout):
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="replace", line_buffering=True)  # prints ? if it must
+if command:
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C: no traceback
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head`: none either
+clock = []  # when ten more steps had been made
+
+
 def show_progress(step, loss):
-    """After each step: end a run gone wrong; tell speed and time left (once if no terminal)."""
-    times.append(time.perf_counter())
-    recent.append(loss.detach())
-    value = float(recent[-2:][0])  # the step before: to read this one, we would wait for a GPU
-    check(math.isfinite(value), f"the loss is {value} since step {step - 1}: lower the rates")
-    pace = (times[-1] - times[0] + 1e-9) / max(1, len(times) - 1)  # seconds per step
-    speed, left = batch_size * block_size / pace, pace * (max_iters - 1 - step) / 60
-    if terminal or len(times) == 10:
-        print(f"{step + 1} of {max_iters}: loss {value:.3f}, {speed:,.0f} characters/s, "
-              f"{left:.1f} minutes left ", end="\r" if terminal else "\n")
+    """Every ten steps, check the loss; on a terminal, tell it, speed and time left."""
+    if step % 10:
+        return
+    loss = loss.item()
+    if not math.isfinite(loss):
+        parser.error(f"the loss is {loss} at step {step}; lower the learning rates")
+    clock.append(time.perf_counter())
+    if len(clock) > 1 and sys.stdout.isatty():
+        pace = (clock[-1] - clock[-2]) / 10  # seconds a step
+        line = (f"{step} of {max_iters}: loss {loss:.3f}, "
+                f"{batch_size * block_size / pace:,.0f} characters/s, "
+                f"{pace * (max_iters - step) / 60:.1f} minutes left")
+        print(line.ljust(79), end="\r")
 
-# %% Training
-print(f"{device}: {sum(p.numel() for p in model.parameters()):,} parameters learn {text_file}, "
-      f"{len(text):,} characters\nguessing among {vocab_size}: loss {math.log(vocab_size):.4f}")
-for step in range(max_iters + 1):
-    last = step == max_iters  # no more adjustments, only measure
-    if step % eval_interval == 0 or last:
-        train_loss, val_loss = estimate_loss()
-        terminal and print(" " * 79, end="\r")  # wipe the status line
-        print(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
-        check(math.isfinite(val_loss), f"the loss is {val_loss} since step {step}: lower the rates")
-        write(newline, 80, seed)
-    if last:
-        break
-    inputs, targets = get_batch()
-    logits, loss = model(inputs, targets)
-    model.zero_grad()  # or the new gradients would be added to the old
-    loss.backward()
-    optimizer.step()
-    show_progress(step, loss)
 
-# %% Writing: the prompt, and what might come after it.
-for start in ((line.rstrip("\n") for line in sys.stdin) if prompt == "-" else [prompt]):
-    known = set(start) <= set(chars)
-    known or print(f"some of these characters are unknown; known are {''.join(chars)!r}")
-    for i in range(samples if known else 0):
+# %% [markdown]
+# ## The run
+# First the training, with a look at the losses and a sample now and then.
+
+# %%
+print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}")
+train()
+
+# %% [markdown]
+# ## The sample
+# What has it learned to write?
+
+# %%
+for line in sys.stdin if prompt == "-" else [prompt]:
+    start = line.rstrip("\n")
+    if not set(start) <= set(chars):
+        print(f"it knows these characters only: {''.join(chars)!r}")
+        continue
+    for i in range(samples):
         print(f"--- sample {i + 1} of {samples} ---")
-        write(start or newline, max_new_tokens, seed + i)
+        write(start, max_new_tokens, seed + i)

@@ -1,450 +1,1013 @@
-"""gpt.py: a GPT, which learns to write from one text and shows how on the way.
-    python gpt.py --prompt="ROMEO:"       trains on input.txt, then writes (--help: all options)
-Expect a validation loss of about 1.41 in two minutes on two CPU cores. Where there is a CUDA GPU,
-it trains a larger model, for a loss lower by 0.05 (README). "Step N" marks what is new compared
-to bigram.py, where the lesson starts; N is the order to teach in, the lines are in running order.
-Shapes: B batch_size, T time (up to block_size), C n_embd, H n_head, D head size C/H, V vocab_size.
+"""gpt.py: a GPT that learns to write from one text, a character at a time.
+
+    python gpt.py                     learns from input.txt for minutes, then writes
+    python gpt.py --prompt="ROMEO:"   the same, and writes on from your words
+    python gpt.py --part=1            part one alone: a GPT as it is always built
+
+The whole machine: characters -> ids -> vectors (embedding) -> blocks, each attention
+(look back) and feed-forward (think) -> a score for every character that may come next
+-> draw one, append it, repeat.
+
+Part one is a complete GPT: on a first reading, stop where it ends. Part two is what has
+been found since. What is called "Extra" teaches nothing about GPTs: skip it. bigram.py
+is this script with the simplest model there is, and each "Step" is one idea on the way
+from there to here.
+
+Shapes in comments: B batch_size, T time (up to block_size), C n_embd, D head size
+(C / n_head), V vocab_size.
 """
-# %% Imports
-import hashlib, math, os, re, sys, time
-import signal, warnings  # Step 15
+
+# %%
+import argparse
+import contextlib  # Extra
+import difflib
+import hashlib
+import inspect
+import math
+import os
+import re
+import signal
+import sys
+import time
+import zipfile  # Extra
 from pathlib import Path
-import numpy as np
+
 import requests
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% Hyperparameters: change them here or by --name=value. Of two values, the first is for CUDA.
-argv = [] if (notebook := "ipykernel" in sys.modules) else sys.argv[1:]  # none in a notebook
-device = "cuda" if torch.cuda.is_available() else "cpu"  # what computes: cuda, cpu or mps?
-gpu = [device, *(a[9:] for a in argv if a[:9] == "--device=")][-1][:4] == "cuda"  # which preset?
-text_file = "input.txt"  # what to learn from: any text in UTF-8; input.txt, if missing, comes from
-text_url = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"  # here
-text_sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # its checksum
-seed = 1337  # the same seed on the same machine gives the same run
-batch_size = 16 if gpu else 8  # how many windows of text are learnt from at once?
-block_size = 256  # how long is a window, in characters: the most a prediction can look back on?
-max_iters = 2000 if gpu else 1200  # how many times are the weights adjusted?
-learning_rate = 0.004  # how far does each adjustment by AdamW go? (Step 12)
-n_embd = 384 if gpu else 192  # how many numbers describe a character? (Step 1)
-n_head = 4 if gpu else 2  # how many heads look back side by side? (Step 4)
-n_layer = 6 if gpu else 4  # how many blocks follow one another? (Step 9)
-dropout = 0.1 if gpu else 0.0  # what part of the characters is blanked in training? (Step 10)
-muon_lr = 0.02  # how far does each adjustment by Muon go? (Step 12)
-weight_decay = 0.3 if gpu else 0.1  # how strongly does Muon pull weights to zero? (Step 12)
-dtype = "auto"  # float32, bfloat16, or the faster of them? (Step 14)
-save = "gpt.pt"  # where is the best model kept? Empty: in memory (Step 15)
-load = ""  # which kept model to start from? (Step 15)
-resume = ""  # which kept run to go on with? (Step 15)
-eval_interval = 400 if gpu else 300  # how many adjustments between two measurements of the loss?
-prompt = ""  # what does the sample continue? Empty: a new line; -: what you type
-samples = 1  # how many continuations of it?
-max_new_tokens = 500  # how many characters does each have?
-temperature = 0.8  # below 1 keeps to likely characters, above 1 dares more
-top_k = 0  # draw from the k likeliest characters only; 0: from all
+# %% [markdown]
+# ## Hyperparameters
+# The numbers that are not learned but chosen. Change them here, or on the command
+# line, for example with `--max_iters=300`.
 
-# %% Machinery (to skip on a first reading): mistakes told in one line, and --name=value.
-def check(fine, problem):
-    """Unless all is fine, say in one line what is not and end with exit status 2."""
-    if not fine:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
-def explain(kind, error, trace):
-    """The hook for uncaught errors: one line if the user can mend it, else the traceback."""
-    if kind in (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C; or `| head`, which has seen enough
-        os._exit(130 if kind is KeyboardInterrupt else 0)
-    hints = {UnicodeDecodeError: f"text_file={text_file} is not UTF-8; save it as UTF-8 first",
-             requests.RequestException: f"no {text_url} ({error}): save it as input.txt by hand",
-             torch.OutOfMemoryError: f"out of memory; lower batch_size={batch_size}",
-             OSError: f"{error}; give the path of a text in UTF-8"}
-    for known, hint in hints.items():
-        check(not isinstance(error, known), hint)
-    sys.__excepthook__(kind, error, trace)
-def write_whole(path, write):
-    """Let write(part) make a file, then call it path: no one ever finds half a file there."""
-    part = Path(f"{path}.part")
-    try:
-        write(part)
-        part.replace(path)
-    except (OSError, RuntimeError) as why:
-        part.unlink(missing_ok=True)
-        check(False, f"cannot write {path} (is the disk full?): {str(why).splitlines()[0]}")
-sys.excepthook = explain
-notebook or sys.stdout.reconfigure(errors="replace", line_buffering=True)  # prints ? if it must
-settings = {k: v for k, v in globals().items() if type(v) in (int, float, str) and k[0] != "_"}
-if "--help" in argv:
-    block = Path(__file__).read_text("utf-8").partition("# %% Machinery")[0]
-    for name, gloss in re.findall(r"(?m)^(\w+) = .+  # (.+)", block):
-        name in settings and print(f"--{name}={settings[name]!r}  {gloss}")
-    sys.exit()
-for arg in argv:
-    name, equals, value = arg.removeprefix("--").partition("=")
-    check(arg[:2] == "--" and equals and name in settings,
-          f"{arg} is not --name=value with a name out of {', '.join(settings)}")
-    try:
-        globals()[name] = type(settings[name])(value)
-    except ValueError:
-        check(False, f"{name}={value} should be of type {type(settings[name]).__name__}")
-# Step 15: keep the best model. A kept one brings its settings; the command line overrides.
-kept, no_text = None, False
-if load or resume:
-    given = {name: globals()[name] for name in [arg[2:].partition("=")[0] for arg in argv]}
-    warnings.simplefilter("ignore")  # where the file is no model, the line below is enough
-    try:
-        kept = torch.load(resume or load, map_location="cpu", weights_only=True)
-        shape = {k: kept["settings"][k] for k in ("n_embd", "n_head", "n_layer", "block_size")}
-        globals().update(kept["settings"] | given)
-    except Exception as why:
-        check(False, f"{resume or load} is no model kept by gpt.py ({type(why).__name__})")
-    check(shape | given == given | shape, f"the model in {resume or load} has to keep {shape}")
-    no_text = not resume and max_iters == 0
-    text_file, save = ("nothing new", "") if no_text else (text_file, save)
-for name, least in dict(batch_size=1, block_size=1, max_iters=0, learning_rate=0, eval_interval=1,
-                        seed=0, samples=1, max_new_tokens=0, temperature=0.001, top_k=0,
-                        n_embd=1, n_head=1, n_layer=1,  # Step 1, Step 4, Step 9
-                        dropout=0, muon_lr=0, weight_decay=0).items():
-    check(globals()[name] >= least, f"{name}={globals()[name]} should be {least} or more")
-check(dropout < 1, f"{dropout=} should be below 1")  # Step 10
-check(n_embd % (4 * n_head) == 0, f"{n_embd=} should be a multiple of 4 * n_head = {4 * n_head}")
-check(dtype in ("auto", "bfloat16", "float32"), f"{dtype=} should be auto, bfloat16 or float32")
-check(not save or os.access(Path(save).parent, os.W_OK), f"{save=} has no writable folder")
-# Step 16: several devices. Every process started by torchrun works on its share of each batch.
-world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-check(batch_size % world == 0, f"{batch_size=} should be a multiple of the {world} processes")
-if world > 1:
-    torch.distributed.init_process_group("nccl" if gpu else "gloo")
-    sys.stdout = open(os.devnull, "w") if rank else sys.stdout  # the first one speaks for all
-try:
-    world > 1 and gpu and torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # Step 16
-    torch.zeros(1, device=device)
-except Exception as why:
-    check(False, f"device={device} cannot be used ({str(why).splitlines()[0]}); try --device=cpu")
-torch.manual_seed(seed)
+# %%
+text_file = "input.txt"  # what to learn from: any text in UTF-8
+device = "cuda" if torch.cuda.is_available() else "cpu"  # what computes?
+seed = 1337              # where does chance begin? The same seed gives the same run
+batch_size = 8           # how many pieces of text are learned from at once?
+block_size = 256         # context length: how many characters does a piece have?
+max_iters = 1200         # training steps: how often are the weights adjusted?
+eval_interval = 300      # how many steps from one evaluation to the next?
+prompt = ""              # what shall the model continue? (-: what you type)
+samples = 1              # how many continuations?
+max_new_tokens = 500     # how many characters does each have?
+temperature = 0.8        # below 1 keeps to likely characters, above 1 dares more
+top_k = 0                # draw from the k likeliest characters only (0: from all)
+learning_rate = 0.004    # how far does one step go? (Step 1: less far than in a table)
+n_embd = 192             # embedding dimension: how many numbers a character? (Step 1)
+n_head = 2               # attention heads: in how many ways to look back? (Step 4)
+n_layer = 4              # depth: how many blocks follow one another? (Step 7)
+dropout = 0.0            # what share of the numbers is hidden in training? (Step 8)
+part = 2                 # which model: that of part one, or that of part two? (Step 10)
+muon_lr = 0.02           # how far does one step of Muon go? (Step 14)
+weight_decay = 0.1       # how strongly does Muon pull weights to zero? (Step 14)
+save = "gpt.pt"          # where is the best model kept? Empty: nowhere (Extra)
+load = ""                # which checkpoint to start from? (Extra)
+dtype = "auto"           # bfloat16 where the processor has it, or float32? (Extra)
 
-# %% The text: input.txt beside this script, downloaded where it is missing; or a file of yours.
-default = text_file == "input.txt"
-path = (Path(globals().get("__file__", "")).parent if default else Path()) / text_file
-if default and not path.exists():
-    reply = requests.get(text_url, timeout=30)
+# Extra: on a CUDA GPU, these take the place of the numbers above.
+gpu_preset = {"batch_size": 16, "max_iters": 2000, "eval_interval": 400, "n_embd": 384,
+              "n_head": 4, "n_layer": 6, "dropout": 0.1, "weight_decay": 0.3}
+
+# %% [markdown]
+# ## Options
+# Each of these is also an option of the command line, which is read here. Nothing in
+# this cell is about language models.
+
+# %%
+script = Path(vars().get("__file__", "notebook"))
+command = Path(sys.argv[0]).name in str(script)  # or are we in a notebook?
+parser = argparse.ArgumentParser(script.name, argparse.SUPPRESS, allow_abbrev=False,
+                                 argument_default=argparse.SUPPRESS)
+given = {}
+if command:
+    source = inspect.getsource(sys.modules["__main__"]).split("## Options")[0]
+    glosses = dict(re.findall(r"(?m)^(\w+) = .+?  # (.+)", source))
+    for name, gloss in glosses.items():
+        parser.add_argument(f"--{name}", type=type(vars()[name]), help=gloss)
+    found, unknown = parser.parse_known_args()
+    for word in unknown:
+        near = difflib.get_close_matches(word.strip("-").split("=")[0], glosses)
+        parser.error(f"there is no {word} (nearest: {near}); --help lists all options")
+    given = vars(found)
+
+for name, value in given.items():
+    least = 1 if name.startswith("n_") or name.endswith(("_size", "_interval")) else 0
+    if type(value) is not str and not least <= value < 2**63:
+        parser.error(f"{name}={value} should be {least} or more")
+if "cuda" in given.get("device", device):  # Extra
+    vars().update(gpu_preset)              # Extra
+block = dict(vars())                       # Extra
+vars().update(given)
+
+# %% [markdown]
+# ## Extra: start from a checkpoint, or as one of several processes
+# A checkpoint brings its numbers along, except for those that you give, or changed
+# above.
+
+# %%
+SETTINGS = ["part", "block_size", "n_embd", "n_head", "n_layer", "seed", "batch_size",
+            "max_iters", "eval_interval", "max_new_tokens", "temperature", "top_k",
+            "learning_rate", "dropout", "muon_lr", "weight_decay"]
+
+
+def read_checkpoint(path):
+    """Return the checkpoint in this file; complain if it is none, or damaged."""
+    if not Path(path).is_file():
+        parser.error(f"there is no file {path}")
+    try:
+        if zipfile.ZipFile(path).testzip() is None:  # all checksums are right
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            if list(checkpoint["settings"]) == list(checkpoint["block"]) == SETTINGS:
+                return checkpoint
+    except Exception:
+        pass  # whatever is wrong with it, it is none of ours
+    parser.error(f"{path} is no checkpoint of gpt.py, or it is damaged")
+
+
+checkpoint, finished, another_text = None, False, False
+if load:
+    checkpoint = read_checkpoint(load)
+    for name, value in checkpoint["settings"].items():
+        if name not in given and vars()[name] == checkpoint["block"][name]:
+            vars()[name] = value
+    another_text = "text_file" in given or text_file != "input.txt"
+    finished = checkpoint["step"] >= max_iters and not another_text
+
+world, rank = 1, 0  # how many processes are there, and which of them is this?
+if torch.distributed.is_torchelastic_launched():
+    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # the first one speaks for all
+
+# %% [markdown]
+# ## The text
+# About a million characters of Shakespeare. The model will see nothing else, ever.
+# Where the file is missing, it is downloaded.
+
+# %%
+url = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"
+sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+def read_text():
+    """Return the text of text_file; input.txt lies beside this script."""
+    path = Path(text_file)
+    try:
+        if text_file == "input.txt":
+            path = script.parent / text_file
+            if not path.exists():
+                download(path)
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeError) as error:
+        parser.error(f"no text in UTF-8 at {path} ({error}); put one there by hand")
+
+
+def download(path):
+    """Save the text at url as path, if its checksum is right."""
+    reply = requests.get(url, timeout=30)
     reply.raise_for_status()
-    check(hashlib.sha256(reply.content).hexdigest() == text_sha256,
-          f"{text_url} is not the text expected; save the right one by hand as {path}")
-    write_whole(path, lambda part: part.write_bytes(reply.content))
-text = "" if no_text else path.read_text(encoding="utf-8-sig")  # Step 15: to write, none is needed
-# The vocabulary: every distinct character is a token, its place in the sorted list is its id.
+    if hashlib.sha256(reply.content).hexdigest() != sha256:
+        raise OSError(f"{url} is not the text expected")
+    unfinished = Path(f"{path}.{os.getpid()}.part")
+    unfinished.write_bytes(reply.content)
+    unfinished.replace(path)  # so that half a text is never taken for the whole
+
+
+text = checkpoint["excerpt"] if finished else read_text()  # Extra: a part is enough
+print(f"{len(text):,} characters, which begin with {text[:14]!r}")
+
+# %% [markdown]
+# ## The vocabulary
+# A model computes with numbers, so every distinct character gets one, its *id*: its
+# place in the sorted list. Encoding and decoding are looking up. The units that a
+# model reads and writes are called *tokens*. Here, a token is a character.
+
+# %%
 chars = sorted(set(text))
-chars = kept["chars"] if kept else chars  # Step 15
-vocab_size, char_to_id = len(chars), {char: i for i, char in enumerate(chars)}
+if checkpoint:  # Extra: another text may have characters that the checkpoint lacks
+    chars = checkpoint["chars"] + sorted(set(text) - set(checkpoint["chars"]))
+vocab_size = len(chars)
+char_to_id = {char: i for i, char in enumerate(chars)}
+
+
 def encode(string):
-    """String to token ids (T,); characters outside the vocabulary are an error, and named."""
-    unknown = [f"{c!r} ({string.count(c)} times)" for c in sorted(set(string) - set(chars))[:20]]
-    check(not unknown, f"{', '.join(unknown)} not in the vocabulary, {''.join(chars)[:500]!r}")
-    return torch.from_numpy(np.fromiter(map(char_to_id.get, string), np.int32, len(string)))
+    """Turn a string into a tensor of ids (T,)."""
+    return torch.tensor([char_to_id[char] for char in string], dtype=torch.long)
+
+
 def decode(ids):
-    """Token ids to the string they stand for; the inverse of encode."""
+    """Turn ids back into the string they stand for."""
     return "".join(chars[i] for i in ids)
-# The last tenth is never trained on: the loss there tells learning from learning by heart.
-train_data, val_data = encode(text).to(device).tensor_split([int(0.9 * len(text))])
-check(no_text or len(val_data) > block_size, f"{text_file=} too short for {block_size=}")  # Step 15
-newline = "\n" if "\n" in chars else chars[0]  # the start where none is given
-encode("" if prompt == "-" else prompt)  # complain now, not after the training
 
-# %% Step 14: bf16. To skip: products in 16 bits, less exact, but much faster on some processors.
-can = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}
-fast = dtype == "bfloat16" or can.get("avx512_bf16") or can.get("amx_bf16") or (
-    gpu and torch.cuda.is_bf16_supported(including_emulation=False))
-fast_dtype = torch.bfloat16 if fast and dtype != "float32" else torch.float32
-autocast = torch.autocast(torch.device(device).type, fast_dtype, fast_dtype != torch.float32)
 
-# %% Batches: windows of the text in random order; one pass (epoch) ends before the next begins.
-rng = torch.Generator(device).manual_seed(seed)  # for windows only: samples change no training
-window = torch.arange(block_size + 1, device=device)
-queue = window[:0]  # empty: places in the text where the windows still to come start
-def get_batch():
-    """Return inputs and targets, both (B, T). The targets are the inputs one character later, so
-    every position is an example: given the characters up to here, which one comes next?"""
-    global queue
-    while len(queue) < batch_size:  # too few left: cut the text anew, at other places
-        end = len(train_data) - block_size
-        offset = torch.randint(min(block_size, end), (1,), device=device, generator=rng).item()
-        cuts = torch.arange(offset, end, block_size, device=device)
-        queue = torch.cat([queue, cuts[torch.randperm(len(cuts), device=device, generator=rng)]])
-    at, queue = queue[:batch_size, None], queue[batch_size:]  # (B, 1)
-    at = at[rank::world]  # Step 16: of the B windows, those that this process has to learn from
-    chunk = train_data[at + window].long()  # (B, T+1): each start (B, 1) + window (T+1)
-    return chunk[:, :-1], chunk[:, 1:]
+print(f"{vocab_size} distinct ones: {''.join(chars)!r}")
+print(f"{text[:5]!r} becomes {encode(text[:5]).tolist()}")
+if prompt != "-" and not set(prompt) <= set(chars):
+    parser.error(f"prompt={prompt!r} has characters that are not in the text")
 
-# %% Step 2: attention. Every position (place in a window) looks back and gathers what it needs.
-class Attention(nn.Module):
-    """(B, T, C) to (B, T, C): weighted sums of what came so far (Vaswani 2017, arXiv:1706.03762).
-    To see one head first, read it with n_head = 1: then H is 1, and D is C."""
+# The last tenth is never trained on: the loss there tells learning from memorising.
+data = encode(text).to(device)
+train_data = data[:int(0.9 * len(data))]
+val_data = data[int(0.9 * len(data)):]
+if len(val_data) <= block_size:
+    parser.error(f"{text_file} has {len(text)} characters, too few for {block_size=}: "
+                 f"it should have {10 * (block_size + 1)} or more")
+
+# %% [markdown]
+# ## Batches
+# The model learns from pieces of `block_size` characters, `batch_size` of them in
+# each step. The targets are the inputs one character later. So each position in a
+# piece is an example of its own: given the characters up to here, which one comes
+# next?
+#
+# The text is used like a deck of cards. It is cut into pieces, which are shuffled
+# and dealt. When none is left, it is cut anew, at other places, and shuffled again.
+
+# %%
+torch.manual_seed(seed)
+cuts = torch.arange(0, len(train_data) - 2 * block_size, block_size)
+starts = []  # where the pieces begin, for all steps of the training
+while len(starts) <= max_iters * batch_size:
+    offset = torch.randint(block_size, (1,))
+    shuffled = cuts[torch.randperm(len(cuts))]
+    starts += (shuffled + offset).tolist()
+
+
+def get_batch(step):
+    """Return the inputs and the targets of this step (1, 2, ...), both (B, T)."""
+    dealt = starts[(step - 1) * batch_size:step * batch_size]
+    dealt = dealt[rank::world]                     # Extra: the share of this process
+    torch.manual_seed(seed + step * world + rank)  # Extra: to go on alike
+    pieces = torch.stack([train_data[i:i + block_size + 1] for i in dealt])  # (B, T+1)
+    return pieces[:, :-1], pieces[:, 1:]
+
+
+inputs, targets = get_batch(1)
+for t in range(1, 5):
+    print(f"after {decode(inputs[0, :t])!r} comes {decode(targets[0, t - 1:t])!r}")
+
+# %% [markdown]
+# ## What a language model does
+# From the characters so far, it gives each character of the vocabulary a score,
+# also called a *logit*: the higher, the likelier this character comes next. Softmax
+# turns the scores into probabilities, which are positive and add up to 1:
+#
+# probability = exp(score) / (sum of exp over all scores)
+#
+# The *loss* is -ln(probability of the character that really came), averaged over
+# all positions. Guessing blindly among 63 characters gives a loss of ln(63) = 4.14.
+# A loss of 1.4 means being as unsure as among exp(1.4) = 4 characters.
+
+# %% [markdown]
+# # Part one: a GPT
+#
+# ## Step 1: embedding
+# The simplest model is a table with a row of scores for each character: what comes
+# after it? (This is bigram.py.) But a table knows characters by name only. What it
+# learns about `a` tells it nothing about `e`. So we give each character a vector of
+# `n_embd` numbers, its *embedding*, which is learned like all other weights.
+# Characters that behave alike can become alike. A linear layer then turns a vector
+# into scores.
+#
+# The later steps will only change how the vectors are made. So this is a method of
+# its own, which they can replace.
+
+# %%
+class LanguageModel(nn.Module):
+    """From the characters so far to a score for each character that may come next."""
+
     def __init__(self):
         super().__init__()
-        self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)  # three maps in one: q, k and v
-        self.proj = nn.Linear(n_embd, n_embd, bias=False)
-        # A position that saw the next character would copy it: -inf (softmax: 0) hides later ones.
-        mask = torch.full((block_size, block_size), -math.inf).triu(1)  # (T, T), 0 up to itself
-        self.register_buffer("mask", mask, persistent=False)  # goes along to a GPU, is not saved
+        self.token_embedding = nn.Embedding(vocab_size, n_embd)  # Step 1
+        self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
+        nn.init.zeros_(self.lm_head.weight)  # before it learns, all scores are equal
+
+    def vectors(self, idx):
+        """Return a vector for each position: ids (B, T) to (B, T, C)."""
+        return self.token_embedding(idx)
+
+    def forward(self, idx, targets=None):
+        """Return logits (B, T, V) and, where targets (B, T) are given, the loss."""
+        x = self.vectors(idx)     # (B, T, C), Step 1
+        logits = self.lm_head(x)  # (B, T, V)
+        if targets is None:
+            return logits, None
+        # cross_entropy does both softmax and -ln. It wants a row for each example.
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits, loss
+
+
+# %% [markdown]
+# ## Step 2: attention
+# So far each vector knows one character only. To guess what follows `Rome`, the
+# model looks at the `e`. The simplest way to tell the `e` what came before it:
+# replace its vector by the *mean* of all vectors so far. For all positions at once,
+# this is one product of matrices, `weights @ x`. Row t of `weights` has equal
+# numbers for the positions 0 to t. It has 0 for the later ones, which must stay
+# hidden: they are what the model is to guess.
+
+# %%
+may_see = torch.ones(block_size, block_size, device=device).tril().bool()  # (T, T)
+weights = may_see / may_see.sum(dim=1, keepdim=True)                       # (T, T)
+print("weights of a plain mean, for 4 positions:")
+print(weights[:4, :4].cpu().numpy().round(2))
+
+# %% [markdown]
+# Attention is such a mean too, but the model computes the weights for itself, anew
+# for each text. With three linear layers, each position makes three vectors from
+# its own:
+#
+# - the **query** says what this position is looking for,
+# - the **key** says what it has to offer to others,
+# - the **value** is what it hands over to them.
+#
+# The product of a query and a key is a *score*: the better the two fit, the larger
+# it is. Softmax turns each row of scores into weights, positive and adding up to 1.
+# The mean with these weights is taken over the values. In one line:
+#
+# attention = softmax(queries @ keys / sqrt(D)) @ values
+#
+# Later positions get a score of minus infinity, which softmax turns into a weight
+# of 0.
+#
+# Why sqrt(D)? A score is a sum of D products, some positive and some negative. Such
+# a sum typically grows like sqrt(D). Softmax of large scores gives nearly all the
+# weight to one position, and then a small change of the scores has no effect, so
+# nothing can be learned from it. (Vaswani et al. 2017, arXiv:1706.03762)
+
+# %%
+class Head(nn.Module):
+    """One head of attention: (B, T, C) to (B, T, D)."""
+
+    def __init__(self):
+        super().__init__()
+        D = n_embd // n_head
+        self.query = nn.Linear(n_embd, D, bias=False)
+        self.key = nn.Linear(n_embd, D, bias=False)
+        self.value = nn.Linear(n_embd, D, bias=False)
+
+    def scores(self, q, k):
+        """Return how well each query (a row) fits each key (a column): (B, T, T)."""
+        return q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
+
     def forward(self, x):
         T = x.shape[1]
-        # A query says what a position seeks, a key what it offers, a value what it hands over.
-        q, k, v = self.qkv(x).chunk(3, dim=-1)  # each (B, T, C), next (B, T, H, D)
-        # Step 4: several heads. Each seeks its own, in D of the C numbers; @ takes the last dims.
-        q, k, v = (z.unflatten(-1, (n_head, -1)).transpose(1, 2) for z in (q, k, v))  # (B, H, T, D)
-        # Step 5: normalised queries and keys. D numbers get a mean square of 1: only direction
-        # counts, and scores (divided below) stay within sqrt(D) (Henry 2020, arXiv:2010.04245).
-        q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])  # each (B, H, T, D)
-        q, k = rotate(q), rotate(k)  # Step 3. What is passed on, v, has no need to turn.
-        # Sums of D random products grow like sqrt(D); divided by it, they start near 1. If softmax
-        # (e^score / sum of its row) gave one position nearly all, small changes would do nothing.
-        scores = (q / math.sqrt(q.shape[-1])) @ k.mT  # (B, H, T, T): does q (row) fit k (column)?
-        weights = (scores + self.mask[:T, :T].to(q.dtype)).softmax(dim=-1)  # (B, H, T, T)
-        gathered = weights @ v  # (B, H, T, D)
-        self.pattern = weights.detach()  # Step 17 shows it
-        return self.proj(gathered.transpose(1, 2).flatten(2))  # (B, T, C): heads joined and mixed
+        q, k, v = self.query(x), self.key(x), self.value(x)       # each (B, T, D)
+        scores = self.scores(q, k)                                # (B, T, T)
+        scores = scores.masked_fill(~may_see[:T, :T], -math.inf)  # (B, T, T)
+        weights = F.softmax(scores, dim=-1)                       # (B, T, T)
+        return weights @ v                                        # (B, T, D)
 
-# %% Step 3: positions. Attention knows no order; so pairs of numbers turn as the text goes on.
-speeds = 10000 ** -torch.linspace(0, 1, n_embd // n_head // 2, device=device)  # (D/2), 1 to 0.0001
-angles = torch.arange(block_size, device=device)[:, None] * speeds  # (T, D/2)
-def rotate(x):
-    """Turn pair x[i], x[i + D/2] by position * speeds[i] radians: fast ones tell near places apart,
-    slow ones far. Of q turned by m and k by n, q @ k.mT sees m - n (Su 2021, arXiv:2104.09864)."""
-    cos, sin = angles[:x.shape[2]].cos().to(x), angles[:x.shape[2]].sin().to(x)  # each (T, D/2)
-    a, b = x.chunk(2, dim=-1)  # each (B, H, T, D/2)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
-# %% Step 6: feed-forward. What a position has gathered, it now thinks over by itself.
+# %% [markdown]
+# ## Step 3: positions
+# A mean does not care about order: for attention so far, the character just before
+# is no different from one long ago. So each position in a piece gets a vector of
+# its own, learned like those of the characters, and both are added. The two lines
+# for this stand in the class GPT below, where everything is put together.
+
+# %% [markdown]
+# ## Step 4: several heads
+# One head has one row of weights for each position, so it looks for one thing at a
+# time. Several heads look for several things at once. Each of them makes vectors of
+# D = `n_embd / n_head` numbers. Side by side, these are `n_embd` numbers again, so
+# several heads cost no more than one. A linear layer, `proj`, mixes what they
+# found.
+
+# %%
+class MultiHeadAttention(nn.Module):
+    """Several heads side by side: (B, T, C) to (B, T, C)."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.heads = nn.ModuleList([head() for _ in range(n_head)])
+        self.proj = nn.Linear(n_embd, n_embd)
+
+    def forward(self, x):
+        found = torch.cat([head(x) for head in self.heads], dim=-1)  # (B, T, C)
+        return self.proj(found)                                      # (B, T, C)
+
+
+# %% [markdown]
+# ## Step 5: feed-forward
+# Attention gathers. Then each position works out, by itself, what follows from what
+# it has. A linear layer looks for `4 * n_embd` patterns in the vector. ReLU sets
+# negative numbers (patterns that are not there) to 0. A second linear layer turns
+# the patterns that are there into conclusions. Without ReLU in between, two linear
+# layers could do no more than one. Most of the weights of a GPT are here.
+
+# %%
 class FeedForward(nn.Module):
-    """(B, T, C) to (B, T, C). Without ReLU (negative numbers to 0), two maps would be as one."""
+    """Two linear layers with ReLU in between: (B, T, C) to (B, T, C)."""
+
     def __init__(self):
         super().__init__()
-        self.up = nn.Linear(n_embd, 4 * n_embd, bias=False)  # looks for 4C patterns (4 by custom)
-        self.down = nn.Linear(4 * n_embd, n_embd, bias=False)  # adds up what those found mean
+        self.up = nn.Linear(n_embd, 4 * n_embd)
+        self.down = nn.Linear(4 * n_embd, n_embd)
+
     def forward(self, x):
-        return self.down(self.up(x).relu_().square())  # square: So et al. 2021, arXiv:2109.08668
+        x = F.relu(self.up(x))  # (B, T, 4C)
+        return self.down(x)     # (B, T, C)
 
-# %% Step 7: token shift. Neighbours matter most, so they are at hand without any attention.
-def shift(x):
-    """Keep half the numbers of x (B, T, C), take a quarter from the position before, and a quarter
-    from the one before that; pad puts zeros first (after Peng et al. 2023, arXiv:2305.13048)."""
-    x0, x1, x2 = x.split([n_embd // 2, n_embd // 4, n_embd // 4], dim=-1)
-    x1, x2 = F.pad(x1, (0, 0, 1, 0))[:, :-1], F.pad(x2, (0, 0, 2, 0))[:, :-2]  # each (B, T, C/4)
-    return torch.cat([x0, x1, x2], dim=-1)
 
-# %% A block: communication (Steps 2 to 5), then computation (Step 6); Step 7 before each.
+# %% [markdown]
+# ## A block (from Step 2 on)
+# Attention and feed-forward do not replace the vector x. They *add* to it what they
+# found, which is called a *residual connection*. So what x already knows is not
+# lost. It also helps training: a sum passes its gradient on to both sides
+# unchanged, so even the first layers get a clear signal.
+#
+# ## Step 6: LayerNorm
+# With every addition, the numbers in x can grow. A LayerNorm before each part
+# shifts and scales each vector, so that its numbers have mean 0 and variance 1.
+# Whatever has been added before, the part reads numbers of a steady size.
+
+# %%
 class Block(nn.Module):
-    """(B, T, C) to (B, T, C): attention between positions, then feed-forward at each of them."""
+    """(B, T, C) to (B, T, C): first look back, then think."""
+
     def __init__(self):
         super().__init__()
-        self.attention, self.feed_forward = Attention(), FeedForward()
-        # Step 8: residual connections and LayerNorm. x + f(x), f being attention or feed-forward,
-        # passes gradients whole: its slope is 1 + f'. x may grow: f reads it at mean 0, variance 1.
-        self.norm1, self.norm2 = nn.LayerNorm(n_embd, bias=False), nn.LayerNorm(n_embd, bias=False)
+        self.attention = MultiHeadAttention(Head)
+        self.feed_forward = FeedForward()         # Step 5
+        self.norm1 = nn.LayerNorm(n_embd)         # Step 6
+        self.norm2 = nn.LayerNorm(n_embd)         # Step 6
+
     def forward(self, x):
-        x = x + self.attention(shift(self.norm1(x)))  # (B, T, C)
-        return x + self.feed_forward(shift(self.norm2(x)))
+        x = x + self.attention(self.norm1(x))
+        x = x + self.feed_forward(self.norm2(x))  # Step 5
+        return x
 
-# %% The model: from the characters so far to a score (logit) for each one that might be next.
-class LanguageModel(nn.Module):
-    """A GPT. Step 1: an embedding and a head. An id becomes C numbers; lm_head makes V scores."""
+
+# %% [markdown]
+# ## The GPT (from Step 2 on)
+# It is the language model of Step 1, with better vectors.
+#
+# ## Step 7: depth
+# `n_layer` blocks in a row: what one block has found, the next one can build on. A
+# first one may put letters together to a word, and a second one look for the words
+# before it.
+#
+# ## Step 8: dropout
+# A large model can learn a small text by heart. During training, dropout sets some
+# of the numbers to 0, chosen at random, so that the model never sees a passage the
+# same way twice. (GPT-2 does this inside the blocks as well.) With the numbers for
+# a CPU, it is switched off, because the training is too short to learn by heart.
+
+# %%
+class GPT(LanguageModel):
+    """The language model whose vectors know the text so far."""
+
     def __init__(self):
         super().__init__()
-        self.embedding = nn.Embedding(vocab_size, n_embd)
-        # Step 9: depth. Blocks in a row: what one has found out, the next can build on.
+        self.position_embedding = nn.Embedding(block_size, n_embd)       # Step 3
         self.blocks = nn.Sequential(*[Block() for _ in range(n_layer)])
-        self.norm = nn.LayerNorm(n_embd, bias=False)  # Step 8: lm_head, too, reads normed numbers
-        self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
-        # Step 10: dropout. In training, whole characters are blanked at random, so that a passage
-        # is never the same twice and hard to learn by heart. In use, nothing has to be hidden.
-        self.dropout = nn.Dropout1d(dropout)  # all C of a position to 0; the rest grows to make up
-        # Step 11: initialisation. Zeros: all equally likely. Only they have a gradient, at first.
-        nn.init.zeros_(self.lm_head.weight)
-    @autocast  # Step 14: in here, matrix products are in fast_dtype
-    def forward(self, idx, targets=None):
-        """Map ids (B, T) to logits (B, T, V) and, given targets (B, T), their loss (nats: ln)."""
-        assert idx.shape[1] <= block_size, f"{idx.shape[1]} characters exceed {block_size=}"
-        x = self.dropout(self.embedding(idx))  # (B, T, C), Step 1, Step 10
-        x = self.blocks(x)  # (B, T, C), Step 9
-        logits = self.lm_head(self.norm(x)).float()  # (B, T, V), from here on in 32 bits
-        # Mean of -ln(probability of the target). cross_entropy wants (B, V, T): .mT swaps two dims.
-        return logits, (None if targets is None else F.cross_entropy(logits.mT, targets))
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, seed=None, stream=False):
-        """Continue B rows of ids one by one, repeatably with a seed; stream prints the first."""
-        training, idx = self.training, idx.to(next(self.parameters()).device)
-        rng = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
-        self.eval()
-        for _ in range(max_new_tokens):
-            T = min(idx.shape[1], block_size)  # Always fill the window: new lengths can be slow,
-            full = F.pad(idx[:, -T:], (0, block_size - T))  # and no character looks ahead.
-            logits = self(full)[0][:, T - 1]  # (B, V): [0] logits, T - 1 the last character
-            logits = logits / temperature  # below 1 widens the gaps: the likeliest wins more often
-            kth = logits.topk(min(top_k or vocab_size, vocab_size)).values[:, -1:]  # (B, 1): k-th
-            logits = logits.masked_fill(logits < kth, -math.inf)  # those below it: probability 0
-            new = torch.multinomial(logits.softmax(dim=-1), 1, generator=rng)  # (B, 1)
-            idx = torch.cat([idx, new], dim=1)
-            stream and print(decode(new[0]), end="", flush=True)
-        self.train(training)
-        return idx
+        self.norm = nn.LayerNorm(n_embd)                                 # Step 6
+        self.dropout = nn.Dropout(dropout)                               # Step 8
 
-# %% Step 12: Muon. Gradients push mostly along few directions; now all directions learn alike.
-class Muon(torch.optim.Optimizer):
-    """For matrices in blocks. AdamW divides each number of a gradient by its usual size; Muon makes
-    it alike in all directions of its matrix (Jordan 2024, kellerjordan.github.io/posts/muon)."""
-    def __init__(self, matrices, lr):
-        by_shape = {m.shape: [w for w in matrices if w.shape == m.shape] for m in matrices}
-        super().__init__([{"params": same} for same in by_shape.values()], {"lr": lr})
-    @torch.no_grad()
-    def step(self):
-        """Adjust all of one shape as a stack (N, rows, columns); the first holds all means."""
-        for group in self.param_groups:
-            lr, grad = group["lr"], torch.stack([weight.grad for weight in group["params"]])
-            mean = self.state[group["params"][0]].setdefault("mean", torch.zeros_like(grad))
-            mean.lerp_(grad, 0.05)  # momentum: 0.95 old + 0.05 new; new once more below (Nesterov)
-            scale = lr * max(1, grad.shape[1] / grad.shape[2])**0.5  # so that outputs change alike
-            for weight, change in zip(group["params"], orthogonalize(grad.lerp(mean, 0.95))):
-                weight.mul_(1 - lr * weight_decay).sub_(scale * change)
-def orthogonalize(m):
-    """Bring singular values s of matrices m, how far they stretch, near 1 (tiny s less): 5 times, s
-    becomes 3.4445 s - 4.7750 s^3 + 2.0315 s^5 (Newton-Schulz; the numbers were found by search)."""
-    x = (m.mT if m.shape[1] > m.shape[2] else m).to(fast_dtype)  # wide: a is small
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value exceeds 1
-    for _ in range(5):
-        a = x @ x.mT  # a x: x with s^3; a a x: with s^5. baddbmm(c, m, n): beta c + alpha m n
-        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return (x.mT if m.shape[1] > m.shape[2] else x).to(m)
-model = LanguageModel().to(device)  # made here, with random weights; next, what adjusts them
-matrices = [weight for weight in model.blocks.parameters() if weight.ndim == 2]  # Step 12
-others = [w for w in model.parameters() if w not in set(matrices)]  # embedding, lm_head, norms
-optimizer, muon = torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, lr=muon_lr)
+    def vectors(self, idx):
+        """Return a vector for each position: ids (B, T) to (B, T, C)."""
+        x = self.token_embedding(idx)                              # (B, T, C)
+        positions = torch.arange(idx.shape[1], device=idx.device)  # (T,), Step 3
+        x = x + self.position_embedding(positions)                 # (B, T, C), Step 3
+        x = self.dropout(x)                                        # (B, T, C), Step 8
+        x = self.blocks(x)                                         # (B, T, C)
+        x = self.norm(x)                                           # (B, T, C), Step 6
+        return x
+
+
+# %% [markdown]
+# ## Model and optimizer
+# Here the model is made, with weights that are still random. In each step of the
+# training, an optimizer moves every weight a little against its gradient. AdamW
+# uses a step size of its own for every weight.
+
+# %%
+torch.manual_seed(seed)
+model = GPT().to(device)  # Step 2
+optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate)]  # one, or more
+
+# %% [markdown]
+# ## Evaluation
+# The loss is always measured on the same pieces, one after the other, so that the
+# same model always gets the same number.
+
+# %%
+@torch.no_grad()
+def estimate_loss(data):
+    """Return the mean loss over data (ids), in nats (ln, not log2) per character."""
+    model.eval()  # Step 8: without dropout
+    pieces = data.unfold(0, block_size + 1, block_size)  # (pieces, T+1)
+    total = 0.0
+    for batch in pieces.split(batch_size):
+        logits, loss = model(batch[:, :-1], batch[:, 1:])
+        total += loss.item() * len(batch)
+    return total / len(pieces)
+
+
+def evaluate(step):
+    """Print the losses after this step, and a short sample."""
+    train_loss = estimate_loss(train_data[:2**15])  # a part of it is enough
+    val_loss = estimate_loss(val_data[:2**18])
+    line = f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
+    print(line.ljust(79))
+    write("", 80, seed)
+    keep(step, train_loss, val_loss)  # Extra
+
+
+# %% [markdown]
+# ## Writing
+# One character is drawn from those that may come next, the likely ones more often.
+# It is appended to the text, and the model is asked again.
+
+# %%
+@torch.no_grad()
+def generate(idx, max_new_tokens, temperature=1.0, top_k=0):
+    """Continue idx, ids (T,): yield max_new_tokens new ids, one at a time."""
+    model.eval()  # Step 8: without dropout
+    for _ in range(max_new_tokens):
+        logits, _ = model(idx[None, -block_size:])  # (1, T, V): it looks back this far
+        logits = logits[0, -1]                      # (V,): scores after the last one
+        logits = logits / max(temperature, 1e-6)    # below 1, likely ones gain
+        if top_k:
+            least = logits.topk(min(top_k, vocab_size)).values[-1]
+            logits = logits.masked_fill(logits < least, -math.inf)
+        probs = F.softmax(logits, dim=-1)           # (V,)
+        new = torch.multinomial(probs, 1)           # (1,): draw one
+        idx = torch.cat([idx, new])                 # append it
+        yield new.item()
+
+
 def write(start, length, seed):
-    """Print a start and its continuation, character by character as they are drawn."""
+    """Print start, and what the model writes after it as it comes."""
+    torch.manual_seed(seed)
     print(start, end="")
-    model.generate(encode(start)[None], length, temperature, top_k, seed, stream=True)
+    idx = encode(start or chars[0]).to(device)  # nothing given: start from a line end
+    for new in generate(idx, length, temperature, top_k):
+        print(chars[new], end="", flush=True)
     print()
 
-# %% Measuring: always on the same windows, so the same model always gets the same number.
-@torch.no_grad()
-def estimate_loss():
-    """Mean losses on train_data and val_data, nats per character, of 2**18 characters at most."""
-    losses, count = [], min(len(val_data) - 1, 2**18) // block_size
-    model.eval()  # evaluation mode: nothing is left to chance
-    for split in (train_data, val_data):
-        # The split can be cut into many windows; measure count of them, spread evenly.
-        places = (torch.arange(count, device=device) * ((len(split) - 1) // block_size)) // count
-        chunks = split[places[:, None] * block_size + window].long().split(batch_size)
-        losses.append(sum(float(model(c[:, :-1], c[:, 1:])[1]) * len(c) for c in chunks) / count)
-    model.train()
-    return losses
-terminal, times, recent = sys.stdout.isatty(), [], []
+
+# %% [markdown]
+# ## Training
+# Take a batch, compute the loss, let backpropagation find out how each weight
+# changes the loss, and move each weight a little the other way. Again and again.
+#
+# ## Step 9: learning-rate schedule
+# Long strides at first, then shorter and shorter ones. When the goal is near, long
+# strides would only step over it, back and forth.
+
+# %%
+def train(first_step=0):
+    """Adjust the weights of the model step by step, up to max_iters."""
+    evaluate(first_step)
+    for step in range(first_step + 1, max_iters + 1):
+        inputs, targets = get_batch(step)
+        model.train()          # Step 8: with dropout
+        logits, loss = model(inputs, targets)
+        model.zero_grad()      # forget the gradients of the step before
+        loss.backward()        # find the gradient of the loss for every weight
+
+        share = 1 - (step - 1) / max_iters  # Step 9: falls from 1 to 0
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:                # Step 9
+                group["lr"] = share * optimizer.defaults["lr"]  # Step 9
+            optimizer.step()   # move every weight a little against its gradient
+
+        show_progress(step, loss)
+        if step % eval_interval == 0 or step == max_iters:
+            evaluate(step)
+        if stopped(step):  # Extra: after Ctrl-C
+            break
+
+
+# %% [markdown]
+# # Part two: what has been found since (Step 10 on)
+# Here stands a GPT: the one of 2018, small. You can stop here, and train it with
+# `python gpt.py --part=1`. What follows is not in that GPT. Each step replaces one
+# piece of it, leaves everything else alone, and makes the loss lower.
+#
+# ## Step 10: rotary positions
+# What counts is how far apart two positions are, not where in the piece they stand.
+# So do not add positions to x; *turn* the queries and keys. Take their numbers in
+# pairs: each pair is an arrow in the plane. Turn the arrow by an angle that is the
+# position times a speed. With a speed of 10 degrees, a query at position 7 is
+# turned by 70, and a key at position 5 by 50. The product of two arrows depends on
+# the angle between them, here 20 degrees more than before, and it is the same for
+# positions 107 and 105.
+#
+# Each pair has a speed of its own, from 1 radian down to 1/10000: the fast ones
+# tell near positions apart, the slow ones far ones. (Su et al. 2021,
+# arXiv:2104.09864)
+
+# %%
+speed = 10000 ** -torch.linspace(0, 1, n_embd // n_head // 2)  # (D/2,), 1 to 1/10000
+angle = torch.arange(block_size)[:, None] * speed              # (T, D/2), in radians
+cos, sin = angle.cos().to(device), angle.sin().to(device)      # each (T, D/2)
+
+
+def rotate(x):
+    """Turn each pair x[i], x[i + D/2] of x (B, T, D) by its angle at each position."""
+    T = x.shape[1]
+    a, b = x.chunk(2, dim=-1)                          # each (B, T, D/2)
+    turned_a = a * cos[:T] - b * sin[:T]               # (B, T, D/2)
+    turned_b = a * sin[:T] + b * cos[:T]               # (B, T, D/2)
+    return torch.cat([turned_a, turned_b], dim=-1)
+
+
+class RotaryHead(Head):
+    """A head whose scores depend on distances."""
+
+    def scores(self, q, k):
+        return super().scores(rotate(q), rotate(k))
+
+
+# %% [markdown]
+# ## Step 11: normalised queries and keys
+# A score can be large because the query fits the key, or just because one of them
+# is long. So scale both to the same length (a mean square of 1). Then only their
+# directions count. (Henry et al. 2020, arXiv:2010.04245)
+
+# %%
+class NormedHead(RotaryHead):
+    """A rotary head in which only the directions of queries and keys count."""
+
+    def scores(self, q, k):
+        return super().scores(F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:]))
+
+
+# %% [markdown]
+# ## Step 12: squared ReLU
+# The square of ReLU makes a pattern that is clearly there count for more than one
+# that is half there. (So et al. 2021, arXiv:2109.08668)
+
+# %%
+class SquaredFeedForward(FeedForward):
+    """Feed-forward with the square of ReLU."""
+
+    def forward(self, x):
+        return self.down(F.relu(self.up(x)).square())
+
+
+# %% [markdown]
+# ## Step 13: token shift
+# The characters just before matter most, so we hand them over without any
+# attention. Of the numbers in each vector, half stay where they are. A quarter is
+# taken from the position before, and a quarter from the one before that. (After
+# Peng et al. 2023, arXiv:2305.13048)
+
+# %%
+def shift(x):
+    """Mix each position of x (B, T, C) with the two before it."""
+    C = x.shape[-1]
+    own, one, two = x.split([C // 2, C // 4, C // 4], dim=-1)
+    one = one.roll(1, dims=1)  # move every position on by one
+    two = two.roll(2, dims=1)  # ... by two
+    one[:, :1] = 0             # the last position has come round to the front: clear it
+    two[:, :2] = 0
+    return torch.cat([own, one, two], dim=-1)
+
+
+# %% [markdown]
+# ## The modern GPT (from Step 10 on)
+# All pieces put together. Since positions are told by rotation, the learned ones
+# are gone. And dropout hides whole characters now, which is harder to make up for.
+
+# %%
+class ModernBlock(Block):
+    """A block made of the pieces of part two."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = MultiHeadAttention(NormedHead)
+        self.feed_forward = SquaredFeedForward()  # Step 12
+
+    # Step 13
+    def forward(self, x):
+        x = x + self.attention(shift(self.norm1(x)))
+        x = x + self.feed_forward(shift(self.norm2(x)))
+        return x
+
+
+class ModernGPT(GPT):
+    """A GPT of modern blocks, without learned positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(*[ModernBlock() for _ in range(n_layer)])
+        self.dropout = nn.Dropout1d(dropout)
+        del self.position_embedding
+
+    def vectors(self, idx):
+        x = self.dropout(self.token_embedding(idx))  # (B, T, C)
+        return self.norm(self.blocks(x))             # (B, T, C)
+
+
+if part == 2:
+    torch.manual_seed(seed)
+    model = ModernGPT().to(device)
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate)]
+
+# %% [markdown]
+# ## Step 14: Muon
+# The gradient of a matrix of weights tells how to change it. But it says a few
+# things loudly, which drown out all others: it is strong along a few directions,
+# and weak along the rest. Muon changes the matrix by the same amount along all
+# directions, so that rare things are learned as well.
+#
+# How is that done? Take a number between 0 and 1, put it into the formula 3.4445 x
+# - 4.7750 x^3 + 2.0315 x^5, put the result in again, and so on. From 0.01 you get
+# 0.03, 0.12, 0.40, 1.09, 0.70, and from wherever you start, five rounds lead to
+# something between 0.7 and 1.2. For a matrix, powers are products with itself, and
+# the same formula brings the strength along each of its directions near 1. (Jordan
+# 2024, kellerjordan.github.io/posts/muon; the three numbers were found by search.)
+#
+# Muon adjusts the matrices in the blocks. All other weights are left to AdamW.
+
+# %%
+def equalize(m):
+    """Return the matrix m with a strength near 1 along all of its directions."""
+    tall = m.shape[0] > m.shape[1]
+    x = m.T if tall else m     # on its side, a tall matrix is less work
+    x = x / (x.norm() + 1e-7)  # now no direction is stronger than 1
+    for _ in range(5):
+        s = x @ x.T            # s @ x is x^3, and s @ s @ x is x^5
+        x = 3.4445 * x + (-4.7750 * s + 2.0315 * s @ s) @ x
+    return x.T if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Adjusts matrices by steps that are equally strong along all directions."""
+
+    def __init__(self, matrices, lr):
+        super().__init__(matrices, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        lr = self.param_groups[0]["lr"]
+        for weight in self.param_groups[0]["params"]:
+            if weight not in self.state:
+                self.state[weight]["mean"] = torch.zeros_like(weight)
+            mean = self.state[weight]["mean"]
+            mean.lerp_(weight.grad, 0.05)                    # 0.95 old and 0.05 new
+            change = equalize(mean.lerp(weight.grad, 0.05))  # and the new once more
+            rows, columns = weight.shape
+            size = max(1, rows / columns) ** 0.5             # larger for tall matrices
+            weight.mul_(1 - lr * weight_decay)
+            weight.sub_(lr * size * change)
+
+
+if part == 2:
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p not in set(matrices)]
+    optimizers = [torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, muon_lr)]
+
+# %% [markdown]
+# # Running it
+#
+# ## Progress
+# On a terminal, a line tells the speed and the time left. (Nothing in this cell is
+# about language models.)
+
+# %%
+for stream in (sys.stdin, sys.stdout):
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="replace", line_buffering=True)  # prints ? if it must
+if command:
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C: no traceback
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head`: none either
+clock = []  # when ten more steps had been made
+
+
 def show_progress(step, loss):
-    """After each step: end a run gone wrong; tell speed and time left (once if no terminal)."""
-    times.append(time.perf_counter())
-    recent.append(loss.detach())
-    value = float(recent[-2:][0])  # the step before: to read this one, we would wait for a GPU
-    check(math.isfinite(value), f"the loss is {value} since step {step - 1}: lower the rates")
-    pace = (times[-1] - times[0] + 1e-9) / max(1, len(times) - 1)  # seconds per step
-    speed, left = batch_size * block_size / pace, pace * (max_iters - 1 - step) / 60
-    if terminal or len(times) == 10:
-        print(f"{step + 1} of {max_iters}: loss {value:.3f}, {speed:,.0f} characters/s, "
-              f"{left:.1f} minutes left ", end="\r" if terminal else "\n")
+    """Every ten steps, check the loss; on a terminal, tell it, speed and time left."""
+    if step % 10:
+        return
+    loss = loss.item()
+    if not math.isfinite(loss):
+        parser.error(f"the loss is {loss} at step {step}; lower the learning rates")
+    clock.append(time.perf_counter())
+    if len(clock) > 1 and sys.stdout.isatty():
+        pace = (clock[-1] - clock[-2]) / 10  # seconds a step
+        line = (f"{step} of {max_iters}: loss {loss:.3f}, "
+                f"{batch_size * block_size / pace:,.0f} characters/s, "
+                f"{pace * (max_iters - step) / 60:.1f} minutes left")
+        print(line.ljust(79), end="\r")
 
-# %% Step 15 (to skip): the best model and the state of the run, in one file.
-parts = {"model": model, "optimizer": optimizer, "muon": muon}
-best, first_step, interrupted = {"val_loss": math.inf, "curve": {}}, 0, []
-if kept:
-    model.load_state_dict(kept["best"]["weights"])
-if resume:
-    best, first_step, queue = kept["best"], kept["step"], kept["queue"].to(device)
-    for name, part in parts.items():
-        part.load_state_dict(kept[name])
-    if kept["device"] == device:  # random states of one kind of device mean nothing to another
-        rng.set_state(kept["batches"])
-        (torch.cuda if gpu else torch).set_rng_state(kept["rng"])
-    if first_step >= max_iters:
-        print(f"the run in {resume} is finished: it has made its {first_step} adjustments")
-        first_step = max_iters + 1
+
+# %% [markdown]
+# ## Extra: bf16
+# Where the processor has units for numbers of 16 bits (bfloat16), matrix products
+# take half the time with them, and the loss is the same.
+
+# %%
+if device.startswith("cuda"):
+    fast = torch.cuda.is_bf16_supported(including_emulation=False)
+else:
+    units = torch.cpu.get_capabilities()
+    fast = device == "cpu" and bool(units.get("avx512_bf16") or units.get("amx_bf16"))
+autocast = torch.autocast(torch.device(device).type, torch.bfloat16,
+                          {"auto": fast, "bfloat16": True}.get(dtype, False))
+
+
+def forward(idx, targets=None):
+    """Call the model's own forward, to train in 16 bits; to write, in 32."""
+    with autocast if targets is not None else contextlib.nullcontext():
+        return type(model).forward(model, idx, targets)
+
+
+model.forward = forward
+equalize = autocast(equalize)
+
+# %% [markdown]
+# ## Extra: keep the best model
+# At each evaluation, all that is needed to go on is written to the file `save`.
+# With `--load`, a run goes on from there as if it had never stopped. With another
+# text as well, it starts anew with the weights it has, and learns the new
+# characters.
+
+# %%
+text_sha256 = hashlib.sha256(text.encode()).hexdigest()
+best, curve, first_step = {"val_loss": math.inf}, {}, 0
+
+if checkpoint:
+    same_text = finished or checkpoint["text_sha256"] == text_sha256
+    if not same_text and not another_text:
+        parser.error(f"{load} has learned another text; name it with --text_file")
+    try:
+        if same_text:
+            best, curve, first_step = (checkpoint[k] for k in ("best", "curve", "step"))
+            model.load_state_dict(checkpoint["model"])
+            for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+                optimizer.load_state_dict(state)
+            save = given.get("save", load)
+            print(f"{load}: {first_step} of {max_iters} steps are made")
+        else:
+            weights = checkpoint["best"]["weights"]
+            for name in ("token_embedding.weight", "lm_head.weight"):
+                new = model.state_dict()[name][len(weights[name]):]
+                weights[name] = torch.cat([weights[name], new.cpu()])
+            model.load_state_dict(weights)
+            save = given.get("save", Path(text_file).stem + ".pt")
+            print(f"{load} learns {len(new)} new characters, to be saved as {save}")
+    except (KeyError, RuntimeError, ValueError):
+        parser.error(f"the model in {load} does not fit these numbers, or this gpt.py")
+
+ours = {load}  # the files that this run may replace
+if save and Path(save).exists() and save not in ours:
+    read_checkpoint(save)  # complains if something else would be replaced
+if save and not finished and not os.access(Path(save).parent, os.W_OK):
+    parser.error(f"save={save} is in no folder that can be written to")
+
+
 def keep(step, train_loss, val_loss):
-    """Note the losses and, if val_loss is the lowest so far, the weights; write all to save."""
-    best["curve"][step] = [train_loss, val_loss]
+    """Note the losses and, if they are the best, the weights; write all to the file."""
+    curve[step] = [train_loss, val_loss]
     if val_loss < best["val_loss"]:
-        weights = {name: weight.cpu().clone() for name, weight in model.state_dict().items()}
+        weights = {name: w.cpu().clone() for name, w in model.state_dict().items()}
         best.update(step=step, val_loss=val_loss, weights=weights)
-    if save and step and not rank:
-        own = ("device", "save", "load", "resume", "prompt")
-        state = {name: part.state_dict() for name, part in parts.items()} | {
-            "settings": {k: globals()[k] for k in settings if k not in own}, "chars": chars,
-            "best": best, "step": step, "queue": queue, "device": device,
-            "batches": rng.get_state(), "rng": (torch.cuda if gpu else torch).get_rng_state()}
-        write_whole(save, lambda part: torch.save(state, part))
+    if not save or rank or step == first_step:
+        return
+    file, unfinished = Path(save), Path(f"{save}.{os.getpid()}.part")
+    try:
+        torch.save({
+            "settings": {name: globals()[name] for name in SETTINGS},
+            "block": {name: block[name] for name in SETTINGS},
+            "model": model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "step": step, "best": best, "curve": curve, "chars": chars,
+            "excerpt": text[:20 * block_size], "text_sha256": text_sha256}, unfinished)
+        if file.exists() and save not in ours:  # then another run has made it: keep it
+            number = 1
+            while file.with_suffix(f".{number}.pt").exists():
+                number += 1
+            print(f"{save} is now", file.rename(file.with_suffix(f".{number}.pt")))
+        unfinished.replace(file)
+        ours.add(save)
+    except (OSError, RuntimeError) as error:
+        parser.error(f"cannot write {save} ({str(error).splitlines()[0]})")
+    finally:
+        unfinished.unlink(missing_ok=True)
 
-# %% Training
-print(f"{device}: {sum(p.numel() for p in model.parameters()):,} parameters learn {text_file}, "
-      f"{len(text):,} characters\nguessing among {vocab_size}: loss {math.log(vocab_size):.4f}")
-def interrupt(number, frame):
-    """End the training after this adjustment; a second Ctrl-C ends everything (Step 15)."""
-    interrupted.append(signal.signal(number, usual))
-usual = signal.signal(signal.SIGINT, interrupt)
-for step in [] if no_text else range(first_step, max_iters + 1):  # Step 15
-    last = step == max_iters  # no more adjustments, only measure
-    last = last or bool(interrupted)  # Step 15
-    if step % eval_interval == 0 or last:
-        train_loss, val_loss = estimate_loss()
-        terminal and print(" " * 79, end="\r")  # wipe the status line
-        print(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
-        check(math.isfinite(val_loss), f"the loss is {val_loss} since step {step}: lower the rates")
-        keep(step, train_loss, val_loss)  # Step 15
-        write(newline, 80, seed)
-    if last:
-        break
-    # Step 13: learning-rate schedule. Long strides at first; ever shorter ones, to settle down.
-    fraction = 1 - step / max_iters
-    for which, full_rate in ((optimizer, learning_rate), (muon, muon_lr)):
-        for group in which.param_groups:
-            group["lr"] = fraction * full_rate
-    inputs, targets = get_batch()
-    logits, loss = model(inputs, targets)
-    model.zero_grad()  # or the new gradients would be added to the old
-    loss.backward()
-    for weight in (model.parameters() if world > 1 else []):  # Step 16: to stay equal,
-        torch.distributed.all_reduce(weight.grad.div_(world))  # all take the mean gradient
-    optimizer.step()
-    muon.step()  # Step 12
-    show_progress(step, loss)
 
-# %% Step 15 (to skip): from here on, the best model.
+# %% [markdown]
+# ## Extra: Ctrl-C
+# The first one ends the training between two steps, so that the file is whole.
+
+# %%
+interrupted = []  # not empty after Ctrl-C
+
+
+def on_ctrl_c(number, frame):
+    """Remember it; the next Ctrl-C ends everything at once."""
+    interrupted.append(number)
+    signal.signal(signal.SIGINT, usual)
+
+
+def stopped(step):
+    """Return whether any process was interrupted; if so, evaluate, say how to go on."""
+    count = torch.tensor(len(interrupted), device=device)
+    if world > 1:
+        torch.distributed.all_reduce(count)
+    if count == 0:
+        return False
+    interrupted.clear()
+    if step not in curve:
+        evaluate(step)
+    print(f"stopped by Ctrl-C; --load={save} goes on")
+    return True
+
+
+usual = signal.getsignal(signal.SIGINT)
+
+# %% [markdown]
+# ## Extra: several processes
+# `torchrun --nproc_per_node=2 gpt.py` starts two. Each learns from its share of
+# every batch, and all take the mean of their gradients: so their models stay equal.
+# Each evaluates for itself, which takes no longer than if one did it for all.
+
+# %%
+def average_gradients(*_):
+    """Give all processes the mean of their gradients."""
+    for weight in model.parameters():
+        torch.distributed.all_reduce(weight.grad)
+        weight.grad /= world
+
+
+if batch_size % world:
+    parser.error(f"batch_size={batch_size} should be a multiple of {world} processes")
+if world > 1:
+    torch.distributed.init_process_group()
+    optimizers[0].register_step_pre_hook(average_gradients)
+
+# %% [markdown]
+# ## The run
+# First the training, with a look at the losses and a sample now and then.
+
+# %%
+print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}")
+signal.signal(signal.SIGINT, on_ctrl_c)  # Extra
+if not finished:  # Extra
+    train(first_step)
+
+# %% [markdown]
+# ## Extra: from here on, the best model
+# It is the one with the lowest loss in validation. It need not be the last.
+
+# %%
 signal.signal(signal.SIGINT, usual)
-if interrupted and save:
-    print(f"stopped by Ctrl-C; --resume={save} goes on")
-if not no_text:
-    model.load_state_dict(best["weights"])
-    print(f"the best model, of step {best['step']} with val loss {best['val_loss']:.4f}, writes:")
-world > 1 and torch.distributed.destroy_process_group()  # Step 16
+model.load_state_dict(best["weights"])
+print(f"the best model (step {best['step']}, val loss {best['val_loss']:.4f}) writes:")
+if world > 1:
+    torch.distributed.destroy_process_group()
 
-# %% Writing: the prompt, and what might come after it.
-for start in ((line.rstrip("\n") for line in sys.stdin) if prompt == "-" else [prompt]):
-    known = set(start) <= set(chars)
-    known or print(f"some of these characters are unknown; known are {''.join(chars)!r}")
-    for i in range(samples if known else 0):
+# %% [markdown]
+# ## The sample
+# What has it learned to write?
+
+# %%
+for line in sys.stdin if prompt == "-" else [prompt]:
+    start = line.rstrip("\n")
+    if not set(start) <= set(chars):
+        print(f"it knows these characters only: {''.join(chars)!r}")
+        continue
+    for i in range(samples):
         print(f"--- sample {i + 1} of {samples} ---")
-        write(start or newline, max_new_tokens, seed + i)
+        write(start, max_new_tokens, seed + i)
 
-# %% Step 17: look inside. How the loss fell, and where each head of the last block looks.
+# %% [markdown]
+# ## Extra: a picture
+# Where matplotlib is installed, gpt.png shows how the loss fell, and where each
+# head of the last block looks (rows look at columns).
+
+# %%
 try:
     import matplotlib.pyplot as plt
-except ImportError:
-    plt = None
-    print("pip install matplotlib, and each training ends with a picture of the model, gpt.png")
-if plt and best["curve"] and not rank:
-    seen = encode(((prompt if prompt != "-" else "") + decode(val_data[:32]))[:min(32, block_size)])
-    model.eval()(seen[None].to(device))  # sets the patterns
-    figure, axes = plt.subplots(1, n_head + 1, figsize=(5 * n_head + 5, 5), layout="constrained")
-    axes[0].plot(list(best["curve"]), list(best["curve"].values()), label=["train", "val"])
-    axes[0].legend(), axes[0].set(xlabel="adjustments", title="loss, nats per character")
-    for head, axis in enumerate(axes[1:]):
-        axis.imshow(model.blocks[-1].attention.pattern[0, head].float().cpu().numpy(), cmap="Blues")
-        axis.set(title=f"head {head + 1}", xlabel="looked at", ylabel="looking")
-        for ticks in (axis.set_xticks, axis.set_yticks):
-            ticks(range(len(seen)), [repr(char)[1:-1] for char in decode(seen)])
-    write_whole("gpt.png", lambda part: figure.savefig(part, format="png"))
+    figure, axes = plt.subplots(1, n_head + 1, figsize=(4 * n_head + 4, 4))
+except Exception:
+    axes = []  # not installed, or it cannot draw here
+
+
+def draw(head, args, output):
+    """Draw the attention weights of a head that has just been called."""
+    scores = head.scores(head.query(args[0]), head.key(args[0]))  # (B, T, T)
+    T = scores.shape[-1]
+    weights = F.softmax(scores.masked_fill(~may_see[:T, :T], -math.inf), dim=-1)
+    axes[1 + heads.index(head)].imshow(weights[0].cpu().numpy())
+
+
+if len(axes) and rank == 0 and not finished:
+    axes[0].plot(list(curve), list(curve.values()), label=["train", "val"])
+    axes[0].legend()
+    heads = list(model.blocks[-1].attention.heads)
+    hooks = [head.register_forward_hook(draw) for head in heads]
+    list(generate(val_data[:32], 1))
+    for hook in hooks:
+        hook.remove()
+    figure.savefig("gpt.png")

@@ -1,161 +1,369 @@
-"""What is each step of gpt.py worth? Take it out, train the rest, compare.
+"""The steps from bigram.py to gpt.py, one script each: to walk, to type, to run, to measure.
 
-    python tests/steps.py            gpt.py without one step at a time, against the whole script
-    python tests/steps.py --ladder   from bigram.py upwards, one more step at a time
+    python tests/steps.py --write=FOLDER   write 00_bigram.py, 01_embedding.py, ... into FOLDER
+    python tests/steps.py --show           list the steps with their losses
+    python tests/steps.py --show=3         what changes in step 3
+    python tests/steps.py --measure        train them all (--iters, --seeds, --jobs)
+    python tests/steps.py --readme         write what was measured into README.md
 
-Both train every script for the same number of steps with the same seeds and print a Markdown
-table. A step is taken out by editing the source text, and each edit has to apply exactly once:
-it is the very edit that a reader would make. Finished runs are kept in tests/results/steps.json,
-so that a measurement that was cut off goes on where it stopped.
+All scripts come from gpt.py. What carries the name of a later step is deleted from it: a text
+section and the cell below it, a block below a comment, a line with a comment at its end (and
+what is indented below that line). A few lines of gpt.py do the work of two steps: for those,
+EDITS has the form they had before. "Extra" counts as the last step of all, and is never in.
 """
 import argparse
-import ast
-import hashlib
+import difflib
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
 ROOT = Path(__file__).resolve().parent.parent
-KEPT = ROOT / "tests" / "results" / "steps.json"
-NORMS = "nn.LayerNorm(n_embd, bias=False), nn.LayerNorm(n_embd, bias=False)"
-ADAMW = "optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)"
-BOTH = "optimizer, muon = torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, lr=muon_lr)"
-RMS = "F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])"
+MEASURED = ROOT / "tests" / "steps.json"
+EXTRA = 99
 
-# For each step: the edits that take it out, and the names that nothing uses any more then.
-# SKIP is what stands for a part of a block that is gone: see without().
+# How a line reads before the step: (as it stands in gpt.py, as it stood), each found just once.
 EDITS = {
-    2: [("Attention(), FeedForward()", "None, FeedForward()"), ("self.attention(", "SKIP(")],
-    3: [("        q, k = rotate(q), rotate(k)  # Step 3", "        # Step 3")],
-    4: [("n_head = 4 if gpu else 2", "n_head = 1")],
-    5: [(RMS, "q, k")],
-    6: [(", FeedForward()", ", None"), ("self.feed_forward(", "SKIP(")],
-    7: [("shift(self.norm1(x))", "(self.norm1(x))"), ("shift(self.norm2(x))", "(self.norm2(x))")],
-    8: [("        x = x + ", "        x = "), ("        return x + ", "        return "),
-        (NORMS, "nn.Identity(), nn.Identity()"),
-        ("self.norm = nn.LayerNorm(n_embd, bias=False)", "self.norm = nn.Identity()")],
-    9: [("n_layer = 6 if gpu else 4", "n_layer = 1")],
-    11: [("        nn.init.zeros_(self.lm_head.weight)\n", "")],
-    12: [(BOTH, ADAMW), (', "muon": muon}', "}"), (", (muon, muon_lr))", ",)"),
-         ("    muon.step()  # Step 12\n", "")],
-    13: [("    fraction = 1 - step / max_iters\n", "    fraction = 1\n")],
-    14: [('dtype = "auto"', 'dtype = "float32"'),
-         ("    @autocast  # Step 14: in here, matrix products are in fast_dtype\n", "")],
+    2: [("model = GPT().to(device)  # Step 2", "model = LanguageModel().to(device)")],
+    4: [("self.attention = MultiHeadAttention(Head)", "self.attention = Head()"),
+        ("D = n_embd // n_head", "D = n_embd")],
+    6: [("self.attention(self.norm1(x))", "self.attention(x)"),
+        ("self.feed_forward(self.norm2(x))  # Step 5", "self.feed_forward(x)         # Step 5")],
+    7: [("self.blocks = nn.Sequential(*[Block() for _ in range(n_layer)])", "self.block = Block()"),
+        ("x = self.blocks(x) ", "x = self.block(x)  ")],
+    11: [("MultiHeadAttention(NormedHead)", "MultiHeadAttention(RotaryHead)")],
+    EXTRA: [
+        ('checkpoint["excerpt"] if finished else read_text()  # Extra: a part is enough',
+         "read_text()"),
+        ("if not finished:  # Extra\n    train(first_step)", "train()"),
+    ],
 }
-UNUSED = {2: ["Attention"], 3: ["speeds", "angles", "rotate"], 6: ["FeedForward"], 7: ["shift"],
-          12: ["Muon", "orthogonalize", "matrices", "others"], 14: ["can", "fast", "autocast"]}
-NOTES = {12: "AdamW at 0.004 for all weights", 14: "in float32"}
-LADDER = [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13]
+
+# What takes a step out of the whole: edits of the last script, or options.
+WITHOUT = {
+    2: [("        x = x + self.attention(shift(self.norm1(x)))\n", "")],
+    4: ["--n_head=1"],
+    5: [("        x = x + self.feed_forward(shift(self.norm2(x)))\n", "")],
+    6: [("shift(self.norm1(x))", "shift(x)"), ("shift(self.norm2(x))", "shift(x)"),
+        ("return self.norm(self.blocks(x)) ", "return self.blocks(x) ")],
+    7: ["--n_layer=1"],
+    9: [("share = 1 - (step - 1) / max_iters", "share = 1")],
+    10: [("class NormedHead(RotaryHead)", "class NormedHead(Head)"),
+         ("        del self.position_embedding\n", ""),
+         ("        x = self.dropout(self.token_embedding(idx))  # (B, T, C)\n"
+          "        return self.norm(self.blocks(x))             # (B, T, C)\n",
+          "        return super().vectors(idx)\n")],
+    11: [("MultiHeadAttention(NormedHead)", "MultiHeadAttention(RotaryHead)")],
+    12: [("        self.feed_forward = SquaredFeedForward()  # Step 12\n", "")],
+    13: [("shift(self.norm1(x))", "self.norm1(x)"), ("shift(self.norm2(x))", "self.norm2(x)")],
+    14: [("optimizers = [torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, muon_lr)]",
+          "pass")],
+}
 
 
-def titles(source):
-    """Return {number: title} as gpt.py names its steps: what stands between 'Step N: ' and '.'"""
-    return {int(n): title for n, title in re.findall(r"\bStep (\d+): ([^.\n]+)\.", source)}
+def read(name):
+    """Return the source of one of the pair."""
+    return (ROOT / name).read_text(encoding="utf-8")
 
 
-def without(source, gone):
-    """Return the source text without these steps; an edit that does not fit once is an error."""
-    for step in sorted(gone):
-        for old, new in EDITS[step]:
-            if source.count(old) != 1:
-                raise ValueError(f"step {step}: {old!r} stands {source.count(old)} times in gpt.py")
-            # In x + f(x) a missing f gives zero; without residual connections it passes x on.
-            new = new.replace("SKIP", "" if 8 in gone else "torch.zeros_like")
-            source = source.replace(old, new)
+def step_of(text):
+    """Return the number of the step that a heading or a comment names, EXTRA, or None."""
+    found = re.search(r"\bStep (\d+)|\b(Extra)\b", text)
+    return found and (EXTRA if found[2] else int(found[1]))
+
+
+def edit(source, pairs):
+    """Replace each old by its new; an old that is not there just once is an error."""
+    for old, new in pairs:
+        if source.count(old) != 1:
+            raise ValueError(f"{old!r} stands {source.count(old)} times in the source")
+        source = source.replace(old, new)
     return source
 
 
-def code_lines(source, step):
-    """Count the lines that a step takes: those it edits, and the code that is unused without it."""
-    count = sum(max(1, old.count("\n")) for old, _ in EDITS[step])
-    for node in ast.parse(source).body:
-        name = getattr(node, "name", None) or ast.unparse(getattr(node, "targets", [node])[0])
-        if name in UNUSED.get(step, []):
-            text = [line.strip() for line in ast.unparse(node).splitlines()]
-            doc = ast.get_docstring(node, clean=False) if hasattr(node, "name") else None
-            inner = [ast.get_docstring(n, clean=False) for n in ast.walk(node)
-                     if isinstance(n, ast.FunctionDef) and n is not node]
-            docs = sum(d.count("\n") + 1 for d in [doc, *inner] if d)
-            count += sum(bool(line) for line in text) - docs
-    return count
+def cells(source):
+    """Yield the cells of a source as (is it text?, its lines without the line # %%)."""
+    for cell in re.split(r"(?m)^# %%", source)[1:]:
+        mark, _, body = cell.partition("\n")
+        yield mark.strip() == "[markdown]", body.split("\n")
 
 
-def train(source, numbers, kept, lock):
-    """Train this source with these numbers, unless that is done already: (loss, seconds)."""
-    code = ast.dump(ast.parse(source))  # comments left out
-    key = hashlib.sha256((code + repr(sorted(numbers.items()))).encode()).hexdigest()[:16]
-    if key not in kept:
+def sections(lines):
+    """Split the lines of a text cell at its headings."""
+    parts = [[]]
+    for line in lines:
+        if re.match(r"# #+ ", line) and parts[-1]:
+            parts.append([])
+        parts[-1].append(line)
+    return parts
+
+
+def without_later(lines, last):
+    """Return the lines of a code cell without what belongs to steps after last."""
+    kept, to_blank, below = [], False, None
+    for line in lines:
+        if not line.strip():
+            to_blank = False
+        elif below is not None and len(line) - len(line.lstrip()) <= below:
+            below = None
+        if to_blank or (below is not None and line.strip()):
+            continue
+        comment = re.search(r"(?<=#) .*$", line)
+        step = step_of(comment[0]) if comment else None
+        if step is None or step <= last:
+            kept.append(line)
+        elif re.match(r"\s*# (Step|Extra)\b", line):
+            to_blank = True
+        elif line.split("#")[0].rstrip().endswith(":"):
+            below = len(line) - len(line.lstrip())
+    return kept
+
+
+def script(last):
+    """Return the source of the script that ends with this step (0: bigram.py)."""
+    if last == 0:
+        return read("bigram.py")
+    source = read("gpt.py")
+    for step, pairs in EDITS.items():
+        if step > last:
+            source = edit(source, pairs)
+    docstring, _, source = source.partition("\n# %%")
+    out, owner = [(head(last) or docstring.strip()) + "\n\n"], 0
+    for is_text, lines in cells("# %%" + source):
+        if is_text:
+            parts = sections(lines)
+            owners = [step_of(part[0]) or 0 if part[0].startswith(("# # ", "# ## ")) else owner
+                      for part in parts]
+            owner = owners[0]
+            kept = [line for part, step in zip(parts, owners) if step <= last for line in part]
+            if "".join(kept).strip("# "):
+                out.append("# %% [markdown]\n" + "\n".join(kept).rstrip("\n# ") + "\n\n")
+        elif owner <= last:
+            kept = "\n".join(without_later(lines, last))
+            if kept.strip():
+                out.append("# %%\n" + re.sub(r"\n{4,}", "\n\n\n", kept.lstrip("\n")))
+    text = "".join(out).rstrip() + "\n"
+    return re.sub(r"(\n    .*)\n\n\n(?=    )", r"\1\n\n", text)
+
+
+def titles():
+    """Return {number: title} of the steps, as gpt.py has them."""
+    found = re.findall(r"(?m)^# ## Step (\d+): (.+)$", read("gpt.py"))
+    return {int(number): title for number, title in found}
+
+
+def head(last):
+    """Return the docstring of a script between the first and the last step."""
+    steps = titles()
+    if last == max(steps):
+        return None
+    return (f'"""Step {last} on the way from bigram.py to gpt.py: {steps[last]}.\n\n'
+            "Shapes in comments: B batch_size, T time (up to block_size), C n_embd, D head size,"
+            '\nV vocab_size.\n"""')
+
+
+def file_name(last):
+    """Return the name of this step's script."""
+    title = "bigram" if last == 0 else re.sub(r"\W+", "_", titles()[last])
+    return f"{last:02d}_{title}.py"
+
+
+def write_all(folder):
+    """Write the scripts of all steps into this folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for step in [0, *titles()]:
+        (folder / file_name(step)).write_text(script(step), encoding="utf-8")
+        print(folder / file_name(step))
+
+
+def difference(step):
+    """Return what changes in this step, as the lines of a diff without the docstrings."""
+    old, new = ([line for line in script(n).partition("# %%\n")[2].split("\n")]
+                for n in (step - 1, step))
+    return list(difflib.unified_diff(old, new, lineterm="", n=2))[2:]
+
+
+def text_of(step):
+    """Return the text section of a step, as gpt.py has it, in paragraphs."""
+    for is_text, lines in cells(read("gpt.py")):
+        for part in sections(lines) if is_text else []:
+            if part[0].startswith(f"# ## Step {step}:"):
+                return re.sub(r"(?m)^# ?", "", "\n".join(part[1:])).strip()
+
+
+def lines_of(step):
+    """Count the lines of code that a step adds, comments and blank lines left out."""
+    added = [line[1:].strip() for line in difference(step) if line.startswith("+")]
+    return sum(bool(line) and not line.startswith(("#", '"""')) for line in added)
+
+
+def show(step):
+    """Print what changes in a step, in colour on a terminal; without a step, list all."""
+    if step is None:
+        for number, title in {0: "bigram", **titles()}.items():
+            losses = found(number)
+            loss = f"{sum(losses) / len(losses):.3f}" if losses else "?"
+            print(f"{number:2} {title:30} loss {loss}")
+        return
+    print(f"Step {step}: {titles()[step]}\n\n{text_of(step)}\n")
+    colours = {"+": "\033[32m", "-": "\033[31m", "@": "\033[36m"}
+    for line in difference(step):
+        colour = colours.get(line[:1], "") if sys.stdout.isatty() else ""
+        print(f"{colour}{line}\033[0m" if colour else line)
+
+
+def variants():
+    """Return {name: (source, options)} of all that is measured: steps, and the whole without."""
+    last = max(titles())
+    runs = {str(step): (script(step), []) for step in [0, *titles()]}
+    for step, changes in WITHOUT.items():
+        pairs = [change for change in changes if not isinstance(change, str)]
+        options = [change for change in changes if isinstance(change, str)]
+        runs[f"without {step}"] = (edit(script(last), pairs), options)
+    return runs
+
+
+def results():
+    """Return what has been measured so far: {"iters/seed/name": [loss, sample]}."""
+    return json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.exists() else {}
+
+
+def found(name, iters=300):
+    """Return the losses measured for a step, or "without N", over all seeds."""
+    return [loss for key, (loss, _) in sorted(results().items())
+            if key.split("/")[0] == str(iters) and key.split("/")[2] == str(name)]
+
+
+def measure(iters, seeds, jobs, only):
+    """Train all variants that have not been trained yet; go on where a run was cut off."""
+    lock, runs = Lock(), variants()
+
+    def train(work):
+        seed, name = work
+        key = f"{iters}/{seed}/{name}"
+        if key in results():
+            return
+        source, options = runs[name]
         with tempfile.TemporaryDirectory() as folder:
-            script = Path(folder, "script.py")
-            source = source.split("# %% Step 17")[0]  # no picture is wanted
-            script.write_text(source, encoding="utf-8")
-            options = [f"--{name}={value}" for name, value in numbers.items()]
-            began = time.time()
-            done = subprocess.run([sys.executable, script, *options], cwd=folder, text=True,
-                                  capture_output=True, encoding="utf-8")
-            losses = re.findall(r"^step \d+: train loss \S+, val loss (\S+)$", done.stdout, re.M)
-            if done.returncode or not losses:
-                raise RuntimeError(done.stderr or done.stdout)
+            Path(folder, "script.py").write_text(source, encoding="utf-8")
+            done = subprocess.run(
+                [sys.executable, "script.py", f"--text_file={ROOT / 'input.txt'}",
+                 f"--seed={seed}", f"--max_iters={iters}", f"--eval_interval={iters}",
+                 "--max_new_tokens=160", *options], cwd=folder, text=True, encoding="utf-8",
+                capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        losses = re.findall(r"(?m)^step \d+: train loss \S+, val loss (\S+)", done.stdout)
+        if done.returncode or not losses:
+            raise RuntimeError(f"{key}: {done.stderr or done.stdout}")
+        sample = done.stdout.split("--- sample 1 of 1 ---\n")[1]
         with lock:
-            kept[key] = [float(losses[-1]), time.time() - began]
-            KEPT.parent.mkdir(exist_ok=True)
-            KEPT.write_text(json.dumps(kept, indent=0), encoding="utf-8")
-    return kept[key]
+            MEASURED.write_text(json.dumps({**results(), key: [float(losses[-1]), sample]},
+                                           indent=0, sort_keys=True), encoding="utf-8")
+            print(f"{key}: {losses[-1]}", flush=True)
+
+    work = [(seed, name) for seed in seeds for name in runs if re.search(only, name)]
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(train, work))
+
+
+def mean(name, iters=300):
+    """Return the mean loss measured for a step, or for "without N"; nan if there is none."""
+    losses = found(name, iters)
+    return sum(losses) / len(losses) if losses else math.nan
+
+
+def sample_of(step):
+    """Return two lines that the model of a step has written (seed 1337)."""
+    _, sample = results().get(f"300/1337/{step}", (math.nan, ""))
+    return "\n".join([line for line in sample.split("\n") if line.strip()][:2])
+
+
+def chart():
+    """Return the losses of all steps as a drawing for GitHub."""
+    steps = [0, *titles()]
+    return ["```mermaid",
+            '%%{init: {"themeVariables": {"xyChart": {"plotColorPalette": "#2563eb"}}}}%%',
+            "xychart-beta", '    title "validation loss after 300 steps of training"',
+            f'    x-axis "step of the lesson" {steps}',
+            '    y-axis "loss" 1.4 --> 2.6',
+            f"    line [{', '.join(f'{mean(step):.3f}' for step in steps)}]", "```", ""]
+
+
+def table():
+    """Return the table of all steps."""
+    long = any(found(f"without {step}", 1200) for step in titles())
+    rows = ["| step | | lines | loss with it | change | whole without it |"
+            + (" the same, 1,200 steps |" if long else ""),
+            "|---|---|---|---|---|---|" + ("---|" if long else "")]
+    whole, whole_long = mean(max(titles())), mean(max(titles()), 1200)
+    for step, title in {0: "bigram", **titles()}.items():
+        lines = lines_of(step) if step else ""
+        change = f"{mean(step) - mean(step - 1):+.3f}" if step else ""
+        cells_ = [step, title, lines, f"{mean(step):.3f}", change]
+        for loss, base in ((mean(f"without {step}"), whole),
+                           (mean(f"without {step}", 1200), whole_long))[:1 + long]:
+            known = math.isfinite(loss - base)
+            cells_.append(f"{loss:.3f} ({loss - base:+.3f})" if known else "")
+        rows.append("| " + " | ".join(str(cell) for cell in cells_) + " |")
+    return [*rows, ""]
+
+
+def walk():
+    """Return the steps one by one: text, losses, two lines of sample, the difference."""
+    out = []
+    for step, title in titles().items():
+        out += [f"### Step {step}: {title}", "", text_of(step), "",
+                f"Loss: {mean(step - 1):.3f} before, **{mean(step):.3f}** after. It writes:", "",
+                "```", sample_of(step), "```", "",
+                f"<details><summary>The difference ({lines_of(step)} lines of code)</summary>",
+                "", "```diff", *difference(step), "```", "", "</details>", ""]
+    return out
+
+
+def readme(text):
+    """Return the README with all that stands between the markers written anew."""
+    for name, lines in (("chart", chart()), ("table", table()), ("walk", walk())):
+        begin, end = f"<!-- {name}: by tests/steps.py -->\n", f"<!-- end of {name} -->"
+        before, _, rest = text.partition(begin)
+        if not rest:
+            raise ValueError(f"README.md has no {begin!r}")
+        text = before + begin + "\n".join(["", *lines]) + end + rest.partition(end)[2]
+    return text
 
 
 def main():
-    """Measure, then print the table."""
-    parser = argparse.ArgumentParser(description="What is each step of gpt.py worth?")
-    parser.add_argument("--ladder", action="store_true", help="from the bigram upwards")
-    parser.add_argument("--iters", type=int, default=500, help="steps of every run (500)")
+    """Do what the options say."""
+    parser = argparse.ArgumentParser(description="The steps from bigram.py to gpt.py.")
+    parser.add_argument("--write", metavar="FOLDER", type=Path, help="write all scripts there")
+    parser.add_argument("--show", metavar="N", type=int, nargs="?", const=-1,
+                        help="print what changes in step N; without N, list the steps")
+    parser.add_argument("--measure", action="store_true", help="train every step, and the "
+                        "whole without each; finished runs are kept in tests/steps.json")
+    parser.add_argument("--iters", type=int, default=300, help="steps of training (300)")
     parser.add_argument("--seeds", default="1337,1338,1339", help="comma-separated")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--only", default="", help="comma-separated steps")
+    parser.add_argument("--only", default="", help="a pattern: the names to measure")
+    parser.add_argument("--readme", action="store_true", help="write it into README.md")
     args = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    gpt, seeds = (ROOT / "gpt.py").read_text(encoding="utf-8"), args.seeds.split(",")
-    named, lock = titles(gpt), Lock()
-    kept = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {}
-    only = [int(step) for step in args.only.split(",") if step]
-    if args.ladder:
-        rungs = {0: (ROOT / "bigram.py").read_text(encoding="utf-8")}
-        for step in LADDER:
-            rungs[step] = without(gpt, [s for s in EDITS if s in LADDER and s > step])
-    else:
-        rungs = {0: gpt} | {s: without(gpt, [s]) for s in EDITS if not only or s in only}
-    common = {"text_file": ROOT / "input.txt", "max_iters": args.iters, "eval_interval": args.iters,
-              "max_new_tokens": 0}
-    work = [(step, {**common, "seed": seed} | ({} if args.ladder and not step else {"save": ""}))
-            for seed in seeds for step in rungs]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        done = list(pool.map(lambda item: train(rungs[item[0]], item[1], kept, lock), work))
-    losses = {step: [d[0] for w, d in zip(work, done) if w[0] == step] for step in rungs}
-    mean = {step: sum(values) / len(values) for step, values in losses.items()}
-    print(f"{args.iters} steps, seeds {args.seeds}, means.\n")
-    if args.ladder:
-        print("| step | | loss | gain |\n|---|---|---|---|")
-        for before, step in zip([None, *rungs], rungs):
-            gain = "" if before is None else f"{mean[before] - mean[step]:+.3f}"
-            title = named.get(step, "`bigram.py`")
-            print(f"| {step or ''} | {title} | {mean[step]:.3f} | {gain} |")
-        return
-    print("| step | | lines | loss without it | worse by (each seed) |\n|---|---|---|---|---|")
-    print(f"| | the whole of `gpt.py` | | {mean[0]:.3f} | |")
-    for step, title in sorted(named.items()):
-        if step in rungs:
-            each = ", ".join(f"{a - b:+.3f}" for a, b in zip(losses[step], losses[0]))
-            note = f" ({NOTES[step]})" if step in NOTES else ""
-            print(f"| {step} | {title}{note} | {code_lines(gpt, step)} | {mean[step]:.3f} | "
-                  f"{mean[step] - mean[0]:+.3f} ({each}) |")
-        elif not only:
-            print(f"| {step} | {title} | | | |")
+    if args.show is not None and args.show not in (-1, *titles()):
+        parser.error(f"--show={args.show}: the steps are 1 to {max(titles())}")
+    if args.write:
+        write_all(args.write)
+    if args.show is not None:
+        show(None if args.show == -1 else args.show)
+    if args.measure:
+        measure(args.iters, args.seeds.split(","), args.jobs, args.only)
+        print("\n".join(table()))
+    if args.readme:
+        path = ROOT / "README.md"
+        path.write_text(readme(path.read_text(encoding="utf-8")), encoding="utf-8")
+    if not any((args.write, args.show is not None, args.measure, args.readme)):
+        parser.print_help()
 
 
 if __name__ == "__main__":
