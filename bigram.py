@@ -52,8 +52,8 @@ learning_rate = 0.05     # how far does one step go?
 
 # %% [markdown]
 # ## Options
-# Each of these is also an option of the command line, which is read here. Nothing in
-# this cell is about language models.
+# Each of these is also an option of the command line, which is read here. Nothing
+# in this cell is about language models.
 
 # %%
 script = Path(vars().get("__file__", "notebook"))
@@ -190,14 +190,15 @@ for t in range(1, 5):
 # probability = exp(score) / (sum of exp over all scores)
 #
 # The *loss* is -ln(probability of the character that really came), averaged over
-# all positions. Guessing blindly among 63 characters gives a loss of ln(63) = 4.14.
-# A loss of 1.4 means being as unsure as among exp(1.4) = 4 characters.
+# all positions. Guessing blindly among the 63 characters of this text gives a loss
+# of ln(63) = 4.14. A loss of 1.4 means being as unsure as among exp(1.4) = 4
+# characters.
 
 # %% [markdown]
 # ## The model: a table
 # The simplest model looks at one character only. It has a table with a row for each
-# character: the scores of all characters that may come after it. All it can learn is
-# which pairs (*bigrams*) are common.
+# character: the scores of all characters that may come after it. All it can learn
+# is which pairs (*bigrams*) are common.
 
 # %%
 class LanguageModel(nn.Module):

@@ -2,7 +2,7 @@
 
     python gpt.py                     learns from input.txt for minutes, then writes
     python gpt.py --prompt="ROMEO:"   the same, and writes on from your words
-    python gpt.py --part=1            part one alone: a GPT as it is always built
+    python gpt.py --part=1            with the model of part one
 
 The whole machine: characters -> ids -> vectors (embedding) -> blocks, each attention
 (look back) and feed-forward (think) -> a score for every character that may come next
@@ -73,8 +73,8 @@ gpu_preset = {"batch_size": 16, "max_iters": 2000, "eval_interval": 400, "n_embd
 
 # %% [markdown]
 # ## Options
-# Each of these is also an option of the command line, which is read here. Nothing in
-# this cell is about language models.
+# Each of these is also an option of the command line, which is read here. Nothing
+# in this cell is about language models.
 
 # %%
 script = Path(vars().get("__file__", "notebook"))
@@ -98,14 +98,15 @@ for name, value in given.items():
     if type(value) is not str and not least <= value < 2**63:
         parser.error(f"{name}={value} should be {least} or more")
 if "cuda" in given.get("device", device):  # Extra
-    vars().update(gpu_preset)              # Extra
-block = dict(vars())                       # Extra
+    vars().update(gpu_preset)
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+block = dict(vars())  # Extra
 vars().update(given)
 
 # %% [markdown]
-# ## Extra: start from a checkpoint, or as one of several processes
-# A checkpoint brings its numbers along, except for those that you give, or changed
-# above.
+# ## Extra: start from a checkpoint
+# Without `--load`, this does nothing. A checkpoint brings its numbers along, except
+# for those that you give, or have changed above.
 
 # %%
 SETTINGS = ["part", "block_size", "n_embd", "n_head", "n_layer", "seed", "batch_size",
@@ -127,22 +128,13 @@ def read_checkpoint(path):
     parser.error(f"{path} is no checkpoint of gpt.py, or it is damaged")
 
 
-checkpoint, finished, another_text = None, False, False
-if load:
-    checkpoint = read_checkpoint(load)
+checkpoint = read_checkpoint(load) if load else None
+if checkpoint:
     for name, value in checkpoint["settings"].items():
         if name not in given and vars()[name] == checkpoint["block"][name]:
             vars()[name] = value
-    another_text = "text_file" in given or text_file != "input.txt"
-    finished = checkpoint["step"] >= max_iters and not another_text
-
-world, rank = 1, 0  # how many processes are there, and which of them is this?
-if torch.distributed.is_torchelastic_launched():
-    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if rank:
-        sys.stdout = open(os.devnull, "w")  # the first one speaks for all
+another_text = "text_file" in given or text_file != "input.txt"
+finished = checkpoint and checkpoint["step"] >= max_iters and not another_text
 
 # %% [markdown]
 # ## The text
@@ -241,8 +233,7 @@ while len(starts) <= max_iters * batch_size:
 def get_batch(step):
     """Return the inputs and the targets of this step (1, 2, ...), both (B, T)."""
     dealt = starts[(step - 1) * batch_size:step * batch_size]
-    dealt = dealt[rank::world]                     # Extra: the share of this process
-    torch.manual_seed(seed + step * world + rank)  # Extra: to go on alike
+    torch.manual_seed(seed + step)  # Extra: --load finds the same dropout
     pieces = torch.stack([train_data[i:i + block_size + 1] for i in dealt])  # (B, T+1)
     return pieces[:, :-1], pieces[:, 1:]
 
@@ -260,8 +251,9 @@ for t in range(1, 5):
 # probability = exp(score) / (sum of exp over all scores)
 #
 # The *loss* is -ln(probability of the character that really came), averaged over
-# all positions. Guessing blindly among 63 characters gives a loss of ln(63) = 4.14.
-# A loss of 1.4 means being as unsure as among exp(1.4) = 4 characters.
+# all positions. Guessing blindly among the 63 characters of this text gives a loss
+# of ln(63) = 4.14. A loss of 1.4 means being as unsure as among exp(1.4) = 4
+# characters.
 
 # %% [markdown]
 # # Part one: a GPT
@@ -330,7 +322,7 @@ print(weights[:4, :4].cpu().numpy().round(2))
 # it is. Softmax turns each row of scores into weights, positive and adding up to 1.
 # The mean with these weights is taken over the values. In one line:
 #
-# attention = softmax(queries @ keys / sqrt(D)) @ values
+# attention = softmax(queries @ keys.T / sqrt(D)) @ values
 #
 # Later positions get a score of minus infinity, which softmax turns into a weight
 # of 0.
@@ -367,9 +359,17 @@ class Head(nn.Module):
 # %% [markdown]
 # ## Step 3: positions
 # A mean does not care about order: for attention so far, the character just before
-# is no different from one long ago. So each position in a piece gets a vector of
-# its own, learned like those of the characters, and both are added. The two lines
-# for this stand in the class GPT below, where everything is put together.
+# is no different from one long ago. So a vector that tells the position is added to
+# each vector of a character. Think of a row of clocks, some fast and some slow. The
+# position is the time, and each hand has two coordinates, a sine and a cosine. From
+# a position to the one before it, every hand turns back by the same angle, wherever
+# we are. So it is easy to learn to look at "the one before". (Vaswani et al. 2017.
+# GPT-2 has a table of learned vectors instead, which needs a longer training.)
+
+# %%
+speeds = 10000 ** -torch.linspace(0, 1, n_embd // 2)                   # (C/2,)
+angles = torch.arange(block_size)[:, None] * speeds                    # (T, C/2)
+positions = torch.cat([angles.sin(), angles.cos()], dim=1).to(device)  # (T, C)
 
 # %% [markdown]
 # ## Step 4: several heads
@@ -424,8 +424,9 @@ class FeedForward(nn.Module):
 #
 # ## Step 6: LayerNorm
 # With every addition, the numbers in x can grow. A LayerNorm before each part
-# shifts and scales each vector, so that its numbers have mean 0 and variance 1.
-# Whatever has been added before, the part reads numbers of a steady size.
+# shifts and scales each vector, so that its numbers have mean 0 and variance 1 (and
+# then by two learned vectors, in case that is better). Whatever has been added
+# before, the part reads numbers of a steady size.
 
 # %%
 class Block(nn.Module):
@@ -465,19 +466,17 @@ class GPT(LanguageModel):
 
     def __init__(self):
         super().__init__()
-        self.position_embedding = nn.Embedding(block_size, n_embd)       # Step 3
         self.blocks = nn.Sequential(*[Block() for _ in range(n_layer)])
-        self.norm = nn.LayerNorm(n_embd)                                 # Step 6
-        self.dropout = nn.Dropout(dropout)                               # Step 8
+        self.norm = nn.LayerNorm(n_embd)    # Step 6
+        self.dropout = nn.Dropout(dropout)  # Step 8
 
     def vectors(self, idx):
         """Return a vector for each position: ids (B, T) to (B, T, C)."""
-        x = self.token_embedding(idx)                              # (B, T, C)
-        positions = torch.arange(idx.shape[1], device=idx.device)  # (T,), Step 3
-        x = x + self.position_embedding(positions)                 # (B, T, C), Step 3
-        x = self.dropout(x)                                        # (B, T, C), Step 8
-        x = self.blocks(x)                                         # (B, T, C)
-        x = self.norm(x)                                           # (B, T, C), Step 6
+        x = self.token_embedding(idx)       # (B, T, C)
+        x = x + positions[:idx.shape[1]]    # (B, T, C), Step 3
+        x = self.dropout(x)                 # (B, T, C), Step 8
+        x = self.blocks(x)                  # (B, T, C)
+        x = self.norm(x)                    # (B, T, C), Step 6
         return x
 
 
@@ -588,35 +587,31 @@ def train(first_step=0):
 
 # %% [markdown]
 # # Part two: what has been found since (Step 10 on)
-# Here stands a GPT: the one of 2018, small. You can stop here, and train it with
-# `python gpt.py --part=1`. What follows is not in that GPT. Each step replaces one
-# piece of it, leaves everything else alone, and makes the loss lower.
+# Here stands a GPT: that of 2018, only smaller. You can stop here. `--part=1`
+# trains it, in the cell called "The run" near the end. What follows is not in that
+# GPT. Each step replaces one piece of it and leaves all others alone.
 #
 # ## Step 10: rotary positions
-# What counts is how far apart two positions are, not where in the piece they stand.
-# So do not add positions to x; *turn* the queries and keys. Take their numbers in
-# pairs: each pair is an arrow in the plane. Turn the arrow by an angle that is the
-# position times a speed. With a speed of 10 degrees, a query at position 7 is
-# turned by 70, and a key at position 5 by 50. The product of two arrows depends on
-# the angle between them, here 20 degrees more than before, and it is the same for
-# positions 107 and 105.
-#
-# Each pair has a speed of its own, from 1 radian down to 1/10000: the fast ones
-# tell near positions apart, the slow ones far ones. (Su et al. 2021,
-# arXiv:2104.09864)
+# What counts for a score is how far apart two positions are, not where they stand.
+# So do not add clocks to the vectors; *turn* the queries and keys themselves. Take
+# their numbers in pairs: each pair is a hand of a clock. Turn it by an angle that
+# is the position times a speed. At a speed of 10 degrees, a query at position 7 is
+# turned by 70 degrees, and a key at position 5 by 50. The product of two hands
+# depends only on the angle between them, which has changed by 20 degrees; and so it
+# has for the positions 107 and 105. (Su et al. 2021, arXiv:2104.09864)
 
 # %%
-speed = 10000 ** -torch.linspace(0, 1, n_embd // n_head // 2)  # (D/2,), 1 to 1/10000
-angle = torch.arange(block_size)[:, None] * speed              # (T, D/2), in radians
-cos, sin = angle.cos().to(device), angle.sin().to(device)      # each (T, D/2)
+speeds = 10000 ** -torch.linspace(0, 1, n_embd // n_head // 2)  # (D/2,), 1 to 1/10000
+angles = torch.arange(block_size)[:, None] * speeds             # (T, D/2), in radians
+cos, sin = angles.cos().to(device), angles.sin().to(device)     # each (T, D/2)
 
 
 def rotate(x):
     """Turn each pair x[i], x[i + D/2] of x (B, T, D) by its angle at each position."""
     T = x.shape[1]
-    a, b = x.chunk(2, dim=-1)                          # each (B, T, D/2)
-    turned_a = a * cos[:T] - b * sin[:T]               # (B, T, D/2)
-    turned_b = a * sin[:T] + b * cos[:T]               # (B, T, D/2)
+    a, b = x.chunk(2, dim=-1)                     # each (B, T, D/2)
+    turned_a = a * cos[:T] - b * sin[:T]          # (B, T, D/2)
+    turned_b = a * sin[:T] + b * cos[:T]          # (B, T, D/2)
     return torch.cat([turned_a, turned_b], dim=-1)
 
 
@@ -675,8 +670,9 @@ def shift(x):
 
 # %% [markdown]
 # ## The modern GPT (from Step 10 on)
-# All pieces put together. Since positions are told by rotation, the learned ones
-# are gone. And dropout hides whole characters now, which is harder to make up for.
+# All pieces put together. Since queries and keys tell the positions, they are no
+# longer added. And dropout hides whole characters now, which is harder to make up
+# for.
 
 # %%
 class ModernBlock(Block):
@@ -695,54 +691,49 @@ class ModernBlock(Block):
 
 
 class ModernGPT(GPT):
-    """A GPT of modern blocks, without learned positions."""
+    """A GPT of modern blocks."""
 
     def __init__(self):
         super().__init__()
         self.blocks = nn.Sequential(*[ModernBlock() for _ in range(n_layer)])
         self.dropout = nn.Dropout1d(dropout)
-        del self.position_embedding
 
     def vectors(self, idx):
         x = self.dropout(self.token_embedding(idx))  # (B, T, C)
         return self.norm(self.blocks(x))             # (B, T, C)
 
 
-if part == 2:
-    torch.manual_seed(seed)
-    model = ModernGPT().to(device)
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate)]
-
 # %% [markdown]
 # ## Step 14: Muon
-# The gradient of a matrix of weights tells how to change it. But it says a few
-# things loudly, which drown out all others: it is strong along a few directions,
-# and weak along the rest. Muon changes the matrix by the same amount along all
-# directions, so that rare things are learned as well.
+# The gradient of a matrix says how each of its numbers should change. Together,
+# these changes mostly push the same way: a few patterns are strong in them, and
+# many others are weak, though just as useful. Muon makes all patterns in the change
+# equally strong, so that what is rare is learned as well. (In the language of
+# mathematics: it sets all *singular values* of the gradient to about 1.)
 #
-# How is that done? Take a number between 0 and 1, put it into the formula 3.4445 x
-# - 4.7750 x^3 + 2.0315 x^5, put the result in again, and so on. From 0.01 you get
-# 0.03, 0.12, 0.40, 1.09, 0.70, and from wherever you start, five rounds lead to
-# something between 0.7 and 1.2. For a matrix, powers are products with itself, and
-# the same formula brings the strength along each of its directions near 1. (Jordan
-# 2024, kellerjordan.github.io/posts/muon; the three numbers were found by search.)
+# How is that done? Take a number between 0.01 and 1, put it into the formula 3.4445
+# x - 4.7750 x^3 + 2.0315 x^5, put the result in again, and so on. From 0.01 you get
+# 0.03, 0.12, 0.40, 1.09, 0.70, and from wherever you start, five rounds lead to a
+# number between 0.7 and 1.2. With a matrix in place of the number, the same formula
+# does this to the strength of all patterns in it at once. (Jordan 2024,
+# kellerjordan.github.io/posts/muon; the three factors were found by search.)
 #
 # Muon adjusts the matrices in the blocks. All other weights are left to AdamW.
 
 # %%
 def equalize(m):
-    """Return the matrix m with a strength near 1 along all of its directions."""
+    """Return the matrix m with all of its singular values near 1."""
     tall = m.shape[0] > m.shape[1]
-    x = m.T if tall else m     # on its side, a tall matrix is less work
-    x = x / (x.norm() + 1e-7)  # now no direction is stronger than 1
+    x = m.T if tall else m     # lying on its side, a tall matrix is less work
+    x = x / (x.norm() + 1e-7)  # now no singular value is above 1
     for _ in range(5):
-        s = x @ x.T            # s @ x is x^3, and s @ s @ x is x^5
+        s = x @ x.T            # so s @ x stands for x^3, and s @ s @ x for x^5
         x = 3.4445 * x + (-4.7750 * s + 2.0315 * s @ s) @ x
     return x.T if tall else x
 
 
 class Muon(torch.optim.Optimizer):
-    """Adjusts matrices by steps that are equally strong along all directions."""
+    """Adjusts matrices by changes in which all patterns are equally strong."""
 
     def __init__(self, matrices, lr):
         super().__init__(matrices, {"lr": lr})
@@ -754,17 +745,29 @@ class Muon(torch.optim.Optimizer):
             if weight not in self.state:
                 self.state[weight]["mean"] = torch.zeros_like(weight)
             mean = self.state[weight]["mean"]
-            mean.lerp_(weight.grad, 0.05)                    # 0.95 old and 0.05 new
-            change = equalize(mean.lerp(weight.grad, 0.05))  # and the new once more
+
+            # One batch tells little: take a running mean of the gradients of many
+            # steps, where the newest counts 5%, and mix in 5% of the newest once more.
+            mean.lerp_(weight.grad, 0.05)
+            change = equalize(mean.lerp(weight.grad, 0.05))
+
+            # A tall matrix makes many numbers from few: it may change more.
             rows, columns = weight.shape
-            size = max(1, rows / columns) ** 0.5             # larger for tall matrices
+            change *= max(1, rows / columns) ** 0.5
             weight.mul_(1 - lr * weight_decay)
-            weight.sub_(lr * size * change)
+            weight.sub_(lr * change)
 
 
+# %% [markdown]
+# ## Model and optimizers of part two (from Step 10 on)
+# They take the place of those of part one.
+
+# %%
 if part == 2:
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p not in set(matrices)]
+    torch.manual_seed(seed)
+    model = ModernGPT().to(device)
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]    # Step 14
+    others = [p for p in model.parameters() if p not in set(matrices)]  # Step 14
     optimizers = [torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, muon_lr)]
 
 # %% [markdown]
@@ -933,6 +936,16 @@ usual = signal.getsignal(signal.SIGINT)
 # Each evaluates for itself, which takes no longer than if one did it for all.
 
 # %%
+world, rank = 1, 0  # how many processes are there, and which of them is this?
+
+
+def take_share(model, args):
+    """Give the model only what this process learns from, and a dropout of its own."""
+    if model.training:
+        torch.manual_seed(torch.initial_seed() * world + rank)
+        return tuple(ids[rank::world] for ids in args)
+
+
 def average_gradients(*_):
     """Give all processes the mean of their gradients."""
     for weight in model.parameters():
@@ -940,10 +953,14 @@ def average_gradients(*_):
         weight.grad /= world
 
 
-if batch_size % world:
-    parser.error(f"batch_size={batch_size} should be a multiple of {world} processes")
-if world > 1:
+if torch.distributed.is_torchelastic_launched():
+    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    if batch_size % world:
+        parser.error(f"{batch_size=} should be a multiple of {world} processes")
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # the first one speaks for all
     torch.distributed.init_process_group()
+    model.register_forward_pre_hook(take_share)
     optimizers[0].register_step_pre_hook(average_gradients)
 
 # %% [markdown]

@@ -38,6 +38,8 @@ EDITS = {
     7: [("self.blocks = nn.Sequential(*[Block() for _ in range(n_layer)])", "self.block = Block()"),
         ("x = self.blocks(x) ", "x = self.block(x)  ")],
     11: [("MultiHeadAttention(NormedHead)", "MultiHeadAttention(RotaryHead)")],
+    14: [("[torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, muon_lr)]",
+          "[torch.optim.AdamW(model.parameters(), lr=learning_rate)]")],
     EXTRA: [
         ('checkpoint["excerpt"] if finished else read_text()  # Extra: a part is enough',
          "read_text()"),
@@ -55,15 +57,14 @@ WITHOUT = {
     7: ["--n_layer=1"],
     9: [("share = 1 - (step - 1) / max_iters", "share = 1")],
     10: [("class NormedHead(RotaryHead)", "class NormedHead(Head)"),
-         ("        del self.position_embedding\n", ""),
          ("        x = self.dropout(self.token_embedding(idx))  # (B, T, C)\n"
           "        return self.norm(self.blocks(x))             # (B, T, C)\n",
           "        return super().vectors(idx)\n")],
     11: [("MultiHeadAttention(NormedHead)", "MultiHeadAttention(RotaryHead)")],
     12: [("        self.feed_forward = SquaredFeedForward()  # Step 12\n", "")],
     13: [("shift(self.norm1(x))", "self.norm1(x)"), ("shift(self.norm2(x))", "self.norm2(x)")],
-    14: [("optimizers = [torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, muon_lr)]",
-          "pass")],
+    14: [("[torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, muon_lr)]",
+          "[torch.optim.AdamW(model.parameters(), lr=learning_rate)]")],
 }
 
 
