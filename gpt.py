@@ -10,8 +10,8 @@ The whole machine: characters -> ids -> vectors (embedding) -> blocks, each atte
 
 Part one is a complete GPT: on a first reading, stop where it ends. Part two is what has
 been found since. What is called "Extra" teaches nothing about GPTs: skip it. bigram.py
-is this script with the simplest model there is, and each "Step" is one idea on the way
-from there to here.
+is this script with the simplest model there is. Each "Step" is one idea on the way to
+this one.
 
 Shapes in comments: B batch_size, T time (up to block_size), C n_embd, D head size
 (C / n_head), V vocab_size.
@@ -60,9 +60,9 @@ n_embd = 192             # embedding dimension: how many numbers a character? (S
 n_head = 2               # attention heads: in how many ways to look back? (Step 4)
 n_layer = 4              # depth: how many blocks follow one another? (Step 7)
 dropout = 0.0            # what share of the numbers is hidden in training? (Step 8)
-part = 2                 # which model: that of part one, or that of part two? (Step 10)
-muon_lr = 0.02           # how far does one step of Muon go? (Step 14)
-weight_decay = 0.1       # how strongly does Muon pull weights to zero? (Step 14)
+part = 2                 # which model: that of part one, or that of part two? (Step 9)
+muon_lr = 0.02           # how far does one step of Muon go? (Step 13)
+weight_decay = 0.1       # how strongly does Muon pull weights to zero? (Step 13)
 save = "gpt.pt"          # where is the best model kept? Empty: nowhere (Extra)
 load = ""                # which checkpoint to start from? (Extra)
 dtype = "auto"           # bfloat16 where the processor has it, or float32? (Extra)
@@ -360,14 +360,15 @@ class Head(nn.Module):
 # ## Step 3: positions
 # A mean does not care about order: for attention so far, the character just before
 # is no different from one long ago. So a vector that tells the position is added to
-# each vector of a character. Think of a row of clocks, some fast and some slow. The
-# position is the time, and each hand has two coordinates, a sine and a cosine. From
-# a position to the one before it, every hand turns back by the same angle, wherever
-# we are. So it is easy to learn to look at "the one before". (Vaswani et al. 2017.
-# GPT-2 has a table of learned vectors instead, which needs a longer training.)
+# each vector of a character. Think of a row of clocks, the fastest turning by one
+# radian from a position to the next, the slowest by one radian in a whole piece.
+# Each hand has two coordinates, a sine and a cosine. From a position to the one
+# before it, every hand turns back by the same angle, wherever we are: so "look at
+# the one before" is easy to learn. (After Vaswani et al. 2017. GPT-2 learns a
+# vector for each position instead, which takes a longer training.)
 
 # %%
-speeds = 10000 ** -torch.linspace(0, 1, n_embd // 2)                   # (C/2,)
+speeds = block_size ** -torch.linspace(0, 1, n_embd // 2)              # (C/2,)
 angles = torch.arange(block_size)[:, None] * speeds                    # (T, C/2)
 positions = torch.cat([angles.sin(), angles.cos()], dim=1).to(device)  # (T, C)
 
@@ -416,7 +417,7 @@ class FeedForward(nn.Module):
 
 
 # %% [markdown]
-# ## A block (from Step 2 on)
+# ## The block
 # Attention and feed-forward do not replace the vector x. They *add* to it what they
 # found, which is called a *residual connection*. So what x already knows is not
 # lost. It also helps training: a sum passes its gradient on to both sides
@@ -446,13 +447,15 @@ class Block(nn.Module):
 
 
 # %% [markdown]
-# ## The GPT (from Step 2 on)
+# ## The GPT
 # It is the language model of Step 1, with better vectors.
 #
 # ## Step 7: depth
 # `n_layer` blocks in a row: what one block has found, the next one can build on. A
 # first one may put letters together to a word, and a second one look for the words
-# before it.
+# before it. A deep model is harder to train, so the last layer of each part begins
+# at zero: at first a block adds nothing, and the deep model is as simple as a
+# shallow one.
 #
 # ## Step 8: dropout
 # A large model can learn a small text by heart. During training, dropout sets some
@@ -467,6 +470,9 @@ class GPT(LanguageModel):
     def __init__(self):
         super().__init__()
         self.blocks = nn.Sequential(*[Block() for _ in range(n_layer)])
+        for block in self.blocks:           # Step 7
+            nn.init.zeros_(block.attention.proj.weight)
+            nn.init.zeros_(block.feed_forward.down.weight)
         self.norm = nn.LayerNorm(n_embd)    # Step 6
         self.dropout = nn.Dropout(dropout)  # Step 8
 
@@ -556,10 +562,6 @@ def write(start, length, seed):
 # ## Training
 # Take a batch, compute the loss, let backpropagation find out how each weight
 # changes the loss, and move each weight a little the other way. Again and again.
-#
-# ## Step 9: learning-rate schedule
-# Long strides at first, then shorter and shorter ones. When the goal is near, long
-# strides would only step over it, back and forth.
 
 # %%
 def train(first_step=0):
@@ -572,10 +574,10 @@ def train(first_step=0):
         model.zero_grad()      # forget the gradients of the step before
         loss.backward()        # find the gradient of the loss for every weight
 
-        share = 1 - (step - 1) / max_iters  # Step 9: falls from 1 to 0
+        share = 1 - (step - 1) / max_iters  # from 1 to 0: Step 14, in part two
         for optimizer in optimizers:
-            for group in optimizer.param_groups:                # Step 9
-                group["lr"] = share * optimizer.defaults["lr"]  # Step 9
+            for group in optimizer.param_groups:                # Step 14
+                group["lr"] = share * optimizer.defaults["lr"]  # Step 14
             optimizer.step()   # move every weight a little against its gradient
 
         show_progress(step, loss)
@@ -586,12 +588,12 @@ def train(first_step=0):
 
 
 # %% [markdown]
-# # Part two: what has been found since (Step 10 on)
+# # Part two: what has been found since
 # Here stands a GPT: that of 2018, only smaller. You can stop here. `--part=1`
 # trains it, in the cell called "The run" near the end. What follows is not in that
 # GPT. Each step replaces one piece of it and leaves all others alone.
 #
-# ## Step 10: rotary positions
+# ## Step 9: rotary positions
 # What counts for a score is how far apart two positions are, not where they stand.
 # So do not add clocks to the vectors; *turn* the queries and keys themselves. Take
 # their numbers in pairs: each pair is a hand of a clock. Turn it by an angle that
@@ -623,7 +625,7 @@ class RotaryHead(Head):
 
 
 # %% [markdown]
-# ## Step 11: normalised queries and keys
+# ## Step 10: normalised queries and keys
 # A score can be large because the query fits the key, or just because one of them
 # is long. So scale both to the same length (a mean square of 1). Then only their
 # directions count. (Henry et al. 2020, arXiv:2010.04245)
@@ -637,7 +639,7 @@ class NormedHead(RotaryHead):
 
 
 # %% [markdown]
-# ## Step 12: squared ReLU
+# ## Step 11: squared ReLU
 # The square of ReLU makes a pattern that is clearly there count for more than one
 # that is half there. (So et al. 2021, arXiv:2109.08668)
 
@@ -650,7 +652,7 @@ class SquaredFeedForward(FeedForward):
 
 
 # %% [markdown]
-# ## Step 13: token shift
+# ## Step 12: token shift
 # The characters just before matter most, so we hand them over without any
 # attention. Of the numbers in each vector, half stay where they are. A quarter is
 # taken from the position before, and a quarter from the one before that. (After
@@ -669,7 +671,7 @@ def shift(x):
 
 
 # %% [markdown]
-# ## The modern GPT (from Step 10 on)
+# ## The modern GPT
 # All pieces put together. Since queries and keys tell the positions, they are no
 # longer added. And dropout hides whole characters now, which is harder to make up
 # for.
@@ -681,9 +683,9 @@ class ModernBlock(Block):
     def __init__(self):
         super().__init__()
         self.attention = MultiHeadAttention(NormedHead)
-        self.feed_forward = SquaredFeedForward()  # Step 12
+        self.feed_forward = SquaredFeedForward()  # Step 11
 
-    # Step 13
+    # Step 12
     def forward(self, x):
         x = x + self.attention(shift(self.norm1(x)))
         x = x + self.feed_forward(shift(self.norm2(x)))
@@ -704,7 +706,7 @@ class ModernGPT(GPT):
 
 
 # %% [markdown]
-# ## Step 14: Muon
+# ## Step 13: Muon
 # The gradient of a matrix says how each of its numbers should change. Together,
 # these changes mostly push the same way: a few patterns are strong in them, and
 # many others are weak, though just as useful. Muon makes all patterns in the change
@@ -759,16 +761,22 @@ class Muon(torch.optim.Optimizer):
 
 
 # %% [markdown]
-# ## Model and optimizers of part two (from Step 10 on)
+# ## Model and optimizers of part two
 # They take the place of those of part one.
 
 # %%
 if part == 2:
     torch.manual_seed(seed)
     model = ModernGPT().to(device)
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]    # Step 14
-    others = [p for p in model.parameters() if p not in set(matrices)]  # Step 14
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]    # Step 13
+    others = [p for p in model.parameters() if p not in set(matrices)]  # Step 13
     optimizers = [torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, muon_lr)]
+
+# %% [markdown]
+# ## Step 14: learning-rate schedule
+# Long strides at first, then shorter and shorter ones. When the goal is near, long
+# strides would only step over it, back and forth. So the learning rates fall from
+# step to step, down to 0: that is what the lines marked Step 14 in `train` do.
 
 # %% [markdown]
 # # Running it

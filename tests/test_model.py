@@ -58,7 +58,8 @@ def reference(space, idx):
 
     x = w["token_embedding.weight"][idx]
     if not modern:
-        turn = torch.arange(T).double()[:, None] * 1e-4 ** (torch.arange(C // 2) / (C // 2 - 1))
+        speed = space["block_size"] ** (-torch.arange(C // 2).double() / (C // 2 - 1))
+        turn = torch.arange(T).double()[:, None] * speed
         x = x + torch.cat([turn.sin(), turn.cos()], dim=1)
     for i in range(space["n_layer"]):
         at = f"blocks.{i}"
