@@ -57,11 +57,11 @@ learning_rate = 0.05     # how far does one step go?
 
 # %%
 script = Path(vars().get("__file__", "notebook"))
-command = Path(sys.argv[0]).name in str(script)  # or are we in a notebook?
+command = __name__ == "__main__" and Path(sys.argv[0]).name in script.parts
 parser = argparse.ArgumentParser(script.name, argparse.SUPPRESS, allow_abbrev=False,
                                  argument_default=argparse.SUPPRESS)
 given = {}
-if command:
+if command:  # and not a notebook, or another program
     source = inspect.getsource(sys.modules["__main__"]).split("## Options")[0]
     glosses = dict(re.findall(r"(?m)^(\w+) = .+?  # (.+)", source))
     for name, gloss in glosses.items():
@@ -74,9 +74,19 @@ if command:
 
 for name, value in given.items():
     least = 1 if name.startswith("n_") or name.endswith(("_size", "_interval")) else 0
-    if type(value) is not str and not least <= value < 2**63:
-        parser.error(f"{name}={value} should be {least} or more")
+    if type(value) is not str and not least <= value < 2**31:
+        parser.error(f"{name}={value} should be at least {least}, and below 2**31")
 vars().update(given)
+
+if sys.stdout is None:  # closed
+    sys.stdout = open(os.devnull, "w")
+for stream in (sys.stdin, sys.stdout):
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="replace", line_buffering=True)  # prints ? if it must
+try:
+    torch.zeros(1, device=device).item()
+except Exception as error:
+    parser.error(f"{device=} cannot be used ({str(error).splitlines()[0]})")
 
 # %% [markdown]
 # ## The text
@@ -207,7 +217,7 @@ class LanguageModel(nn.Module):
     def __init__(self):
         super().__init__()
         self.table = nn.Embedding(vocab_size, vocab_size)
-        nn.init.zeros_(self.table.weight)  # before it learns, all scores are equal
+        nn.init.zeros_(self.table.weight)  # at first, all scores are equal
 
     def forward(self, idx, targets=None):
         """Return logits (B, T, V) and, where targets (B, T) are given, the loss."""
@@ -221,9 +231,9 @@ class LanguageModel(nn.Module):
 
 # %% [markdown]
 # ## Model and optimizer
-# Here the model is made, with weights that are still random. In each step of the
-# training, an optimizer moves every weight a little against its gradient. AdamW
-# uses a step size of its own for every weight.
+# Here the model is made; it has learned nothing yet. In each step of the training,
+# an optimizer moves every weight a little against its gradient. AdamW uses a step
+# size of its own for every weight.
 
 # %%
 torch.manual_seed(seed)
@@ -244,6 +254,8 @@ def estimate_loss(data):
     for batch in pieces.split(batch_size):
         logits, loss = model(batch[:, :-1], batch[:, 1:])
         total += loss.item() * len(batch)
+    if not math.isfinite(total):
+        parser.error("the loss is no longer a number; lower the learning rates")
     return total / len(pieces)
 
 
@@ -319,9 +331,6 @@ def train(first_step=0):
 # about language models.)
 
 # %%
-for stream in (sys.stdin, sys.stdout):
-    if hasattr(stream, "reconfigure"):
-        stream.reconfigure(errors="replace", line_buffering=True)  # prints ? if it must
 if command:
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C: no traceback
     if hasattr(signal, "SIGPIPE"):
@@ -333,13 +342,12 @@ def show_progress(step, loss):
     """Every ten steps, check the loss; on a terminal, tell it, speed and time left."""
     if step % 10:
         return
-    loss = loss.item()
-    if not math.isfinite(loss):
-        parser.error(f"the loss is {loss} at step {step}; lower the learning rates")
+    if not math.isfinite(loss.item()):
+        parser.error(f"the loss is {loss.item()} at {step=}; lower the learning rates")
     clock.append(time.perf_counter())
     if len(clock) > 1 and sys.stdout.isatty():
         pace = (clock[-1] - clock[-2]) / 10  # seconds a step
-        line = (f"{step} of {max_iters}: loss {loss:.3f}, "
+        line = (f"{step} of {max_iters}: loss {loss.item():.3f}, "
                 f"{batch_size * block_size / pace:,.0f} characters/s, "
                 f"{pace * (max_iters - step) / 60:.1f} minutes left")
         print(line.ljust(79), end="\r")

@@ -2,7 +2,7 @@
 
     python gpt.py                     learns from input.txt for minutes, then writes
     python gpt.py --prompt="ROMEO:"   the same, and writes on from your words
-    python gpt.py --part=1            with the model of part one
+    python gpt.py --part=1            the same with the model of part one only
 
 The whole machine: characters -> ids -> vectors (embedding) -> blocks, each attention
 (look back) and feed-forward (think) -> a score for every character that may come next
@@ -19,7 +19,6 @@ Shapes in comments: B batch_size, T time (up to block_size), C n_embd, D head si
 
 # %%
 import argparse
-import contextlib  # Extra
 import difflib
 import hashlib
 import inspect
@@ -57,12 +56,12 @@ temperature = 0.8        # below 1 keeps to likely characters, above 1 dares mor
 top_k = 0                # draw from the k likeliest characters only (0: from all)
 learning_rate = 0.004    # how far does one step go? (Step 1: less far than in a table)
 n_embd = 192             # embedding dimension: how many numbers a character? (Step 1)
-n_head = 2               # attention heads: in how many ways to look back? (Step 4)
-n_layer = 4              # depth: how many blocks follow one another? (Step 7)
-dropout = 0.0            # what share of the numbers is hidden in training? (Step 8)
-part = 2                 # which model: that of part one, or that of part two? (Step 9)
-muon_lr = 0.02           # how far does one step of Muon go? (Step 13)
-weight_decay = 0.1       # how strongly does Muon pull weights to zero? (Step 13)
+n_head = 2               # attention heads: in how many ways to look back? (Step 5)
+n_layer = 4              # depth: how many blocks follow one another? (Step 8)
+dropout = 0.0            # what share of the characters is hidden in training? (Step 9)
+part = 2                 # which model: that of part one, or that of part two? (Step 10)
+muon_lr = 0.02           # how far does one step of Muon go? (Step 14)
+weight_decay = 0.1       # how strongly does Muon pull weights to zero? (Step 14)
 save = "gpt.pt"          # where is the best model kept? Empty: nowhere (Extra)
 load = ""                # which checkpoint to start from? (Extra)
 dtype = "auto"           # bfloat16 where the processor has it, or float32? (Extra)
@@ -78,11 +77,11 @@ gpu_preset = {"batch_size": 16, "max_iters": 2000, "eval_interval": 400, "n_embd
 
 # %%
 script = Path(vars().get("__file__", "notebook"))
-command = Path(sys.argv[0]).name in str(script)  # or are we in a notebook?
+command = __name__ == "__main__" and Path(sys.argv[0]).name in script.parts
 parser = argparse.ArgumentParser(script.name, argparse.SUPPRESS, allow_abbrev=False,
                                  argument_default=argparse.SUPPRESS)
 given = {}
-if command:
+if command:  # and not a notebook, or another program
     source = inspect.getsource(sys.modules["__main__"]).split("## Options")[0]
     glosses = dict(re.findall(r"(?m)^(\w+) = .+?  # (.+)", source))
     for name, gloss in glosses.items():
@@ -95,13 +94,22 @@ if command:
 
 for name, value in given.items():
     least = 1 if name.startswith("n_") or name.endswith(("_size", "_interval")) else 0
-    if type(value) is not str and not least <= value < 2**63:
-        parser.error(f"{name}={value} should be {least} or more")
+    if type(value) is not str and not least <= value < 2**31:
+        parser.error(f"{name}={value} should be at least {least}, and below 2**31")
 if "cuda" in given.get("device", device):  # Extra
     vars().update(gpu_preset)
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
 block = dict(vars())  # Extra
 vars().update(given)
+
+if sys.stdout is None:  # closed
+    sys.stdout = open(os.devnull, "w")
+for stream in (sys.stdin, sys.stdout):
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="replace", line_buffering=True)  # prints ? if it must
+try:
+    torch.zeros(1, device=device).item()
+except Exception as error:
+    parser.error(f"{device=} cannot be used ({str(error).splitlines()[0]})")
 
 # %% [markdown]
 # ## Extra: start from a checkpoint
@@ -135,6 +143,17 @@ if checkpoint:
             vars()[name] = value
 another_text = "text_file" in given or text_file != "input.txt"
 finished = checkpoint and checkpoint["step"] >= max_iters and not another_text
+
+if "cuda" in device:
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # for torchrun
+if part not in (1, 2):
+    parser.error(f"{part=} should be 1 or 2")
+if n_embd % 4 or n_embd % (2 * n_head):
+    parser.error(f"{n_embd=} should be a multiple of 4 and of 2 * {n_head=}")
+if dropout >= 1:
+    parser.error(f"{dropout=} should be below 1")
+if dtype not in ("auto", "bfloat16", "float32"):
+    parser.error(f"{dtype=} should be auto, bfloat16 or float32")
 
 # %% [markdown]
 # ## The text
@@ -277,7 +296,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(vocab_size, n_embd)  # Step 1
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
-        nn.init.zeros_(self.lm_head.weight)  # before it learns, all scores are equal
+        nn.init.zeros_(self.lm_head.weight)  # at first, all scores are equal
 
     def vectors(self, idx):
         """Return a vector for each position: ids (B, T) to (B, T, C)."""
@@ -295,13 +314,14 @@ class LanguageModel(nn.Module):
 
 
 # %% [markdown]
-# ## Step 2: attention
+# ## Step 2: a mean of what came before
 # So far each vector knows one character only. To guess what follows `Rome`, the
-# model looks at the `e`. The simplest way to tell the `e` what came before it:
-# replace its vector by the *mean* of all vectors so far. For all positions at once,
-# this is one product of matrices, `weights @ x`. Row t of `weights` has equal
-# numbers for the positions 0 to t. It has 0 for the later ones, which must stay
-# hidden: they are what the model is to guess.
+# model looks at the `e`. The simplest way to tell the `e` what came before it is
+# the *mean* of all vectors so far. For all positions at once, this is one product
+# of matrices, `weights @ x`. Row t of `weights` has equal numbers for the positions
+# 0 to t. It has 0 for the later ones, which must stay hidden: they are what the
+# model is to guess. (A plain mean helps little, because it says nothing about the
+# order. But wait.)
 
 # %%
 may_see = torch.ones(block_size, block_size, device=device).tril().bool()  # (T, T)
@@ -310,6 +330,7 @@ print("weights of a plain mean, for 4 positions:")
 print(weights[:4, :4].cpu().numpy().round(2))
 
 # %% [markdown]
+# ## Step 3: attention
 # Attention is such a mean too, but the model computes the weights for itself, anew
 # for each text. With three linear layers, each position makes three vectors from
 # its own:
@@ -357,15 +378,19 @@ class Head(nn.Module):
 
 
 # %% [markdown]
-# ## Step 3: positions
+# ## Step 4: positions
 # A mean does not care about order: for attention so far, the character just before
 # is no different from one long ago. So a vector that tells the position is added to
-# each vector of a character. Think of a row of clocks, the fastest turning by one
-# radian from a position to the next, the slowest by one radian in a whole piece.
-# Each hand has two coordinates, a sine and a cosine. From a position to the one
-# before it, every hand turns back by the same angle, wherever we are: so "look at
-# the one before" is easy to learn. (After Vaswani et al. 2017. GPT-2 learns a
-# vector for each position instead, which takes a longer training.)
+# each vector of a character. Think of a row of clocks without numbers. One of them
+# turns by 10 degrees from a position to the next: its hand is at 50 degrees at
+# position 5, and at 40 at position 4. At positions 105 and 104 it is at 330 and
+# 320: again 10 degrees back. So "the one before" looks the same everywhere, and can
+# be learned once for all. The hand of a clock has two coordinates, a sine and a
+# cosine. Some clocks are fast, to tell near positions apart, and some are slow, for
+# far ones.
+#
+# (After Vaswani et al. 2017. GPT-2 has a table of learned vectors instead, which
+# takes a longer training.)
 
 # %%
 speeds = block_size ** -torch.linspace(0, 1, n_embd // 2)              # (C/2,)
@@ -373,11 +398,11 @@ angles = torch.arange(block_size)[:, None] * speeds                    # (T, C/2
 positions = torch.cat([angles.sin(), angles.cos()], dim=1).to(device)  # (T, C)
 
 # %% [markdown]
-# ## Step 4: several heads
+# ## Step 5: several heads
 # One head has one row of weights for each position, so it looks for one thing at a
 # time. Several heads look for several things at once. Each of them makes vectors of
 # D = `n_embd / n_head` numbers. Side by side, these are `n_embd` numbers again, so
-# several heads cost no more than one. A linear layer, `proj`, mixes what they
+# several heads cost hardly more than one. A linear layer, `proj`, mixes what they
 # found.
 
 # %%
@@ -395,7 +420,7 @@ class MultiHeadAttention(nn.Module):
 
 
 # %% [markdown]
-# ## Step 5: feed-forward
+# ## Step 6: feed-forward
 # Attention gathers. Then each position works out, by itself, what follows from what
 # it has. A linear layer looks for `4 * n_embd` patterns in the vector. ReLU sets
 # negative numbers (patterns that are not there) to 0. A second linear layer turns
@@ -418,12 +443,11 @@ class FeedForward(nn.Module):
 
 # %% [markdown]
 # ## The block
-# Attention and feed-forward do not replace the vector x. They *add* to it what they
-# found, which is called a *residual connection*. So what x already knows is not
-# lost. It also helps training: a sum passes its gradient on to both sides
-# unchanged, so even the first layers get a clear signal.
+# A block does not replace the vector x by what it has found. It *adds* it to x,
+# which is called a *residual connection*. So what x already knows is not lost. It
+# also helps the training: a sum passes its gradient on to both sides unchanged.
 #
-# ## Step 6: LayerNorm
+# ## Step 7: LayerNorm
 # With every addition, the numbers in x can grow. A LayerNorm before each part
 # shifts and scales each vector, so that its numbers have mean 0 and variance 1 (and
 # then by two learned vectors, in case that is better). Whatever has been added
@@ -431,18 +455,18 @@ class FeedForward(nn.Module):
 
 # %%
 class Block(nn.Module):
-    """(B, T, C) to (B, T, C): first look back, then think."""
+    """Adds to x what it has found: (B, T, C) to (B, T, C)."""
 
     def __init__(self):
         super().__init__()
         self.attention = MultiHeadAttention(Head)
-        self.feed_forward = FeedForward()         # Step 5
-        self.norm1 = nn.LayerNorm(n_embd)         # Step 6
-        self.norm2 = nn.LayerNorm(n_embd)         # Step 6
+        self.feed_forward = FeedForward()         # Step 6
+        self.norm1 = nn.LayerNorm(n_embd)         # Step 7
+        self.norm2 = nn.LayerNorm(n_embd)         # Step 7
 
     def forward(self, x):
         x = x + self.attention(self.norm1(x))
-        x = x + self.feed_forward(self.norm2(x))  # Step 5
+        x = x + self.feed_forward(self.norm2(x))  # Step 6
         return x
 
 
@@ -450,18 +474,19 @@ class Block(nn.Module):
 # ## The GPT
 # It is the language model of Step 1, with better vectors.
 #
-# ## Step 7: depth
+# ## Step 8: depth
 # `n_layer` blocks in a row: what one block has found, the next one can build on. A
 # first one may put letters together to a word, and a second one look for the words
 # before it. A deep model is harder to train, so the last layer of each part begins
-# at zero: at first a block adds nothing, and the deep model is as simple as a
-# shallow one.
+# at zero. At first a block adds nothing, and the deep model is as simple as a
+# shallow one. (Zeros do learn: their gradient is not zero.)
 #
-# ## Step 8: dropout
-# A large model can learn a small text by heart. During training, dropout sets some
-# of the numbers to 0, chosen at random, so that the model never sees a passage the
-# same way twice. (GPT-2 does this inside the blocks as well.) With the numbers for
-# a CPU, it is switched off, because the training is too short to learn by heart.
+# ## Step 9: dropout
+# A large model can learn a small text by heart. During training, dropout sets
+# vectors to 0, chosen at random, so that the model never sees a passage the same
+# way twice. Here it hides whole characters. Most GPTs hide single numbers instead
+# (`nn.Dropout`), inside the blocks as well. The rate is 0 above, because the
+# training is too short to learn by heart. Try `--dropout=0.2` on a short text.
 
 # %%
 class GPT(LanguageModel):
@@ -470,27 +495,27 @@ class GPT(LanguageModel):
     def __init__(self):
         super().__init__()
         self.blocks = nn.Sequential(*[Block() for _ in range(n_layer)])
-        for block in self.blocks:           # Step 7
+        for block in self.blocks:             # Step 8
             nn.init.zeros_(block.attention.proj.weight)
             nn.init.zeros_(block.feed_forward.down.weight)
-        self.norm = nn.LayerNorm(n_embd)    # Step 6
-        self.dropout = nn.Dropout(dropout)  # Step 8
+        self.norm = nn.LayerNorm(n_embd)      # Step 7
+        self.dropout = nn.Dropout1d(dropout)  # Step 9
 
     def vectors(self, idx):
         """Return a vector for each position: ids (B, T) to (B, T, C)."""
         x = self.token_embedding(idx)       # (B, T, C)
-        x = x + positions[:idx.shape[1]]    # (B, T, C), Step 3
-        x = self.dropout(x)                 # (B, T, C), Step 8
+        x = x + positions[:idx.shape[1]]    # (B, T, C), Step 4
+        x = self.dropout(x)                 # (B, T, C), Step 9
         x = self.blocks(x)                  # (B, T, C)
-        x = self.norm(x)                    # (B, T, C), Step 6
+        x = self.norm(x)                    # (B, T, C), Step 7
         return x
 
 
 # %% [markdown]
 # ## Model and optimizer
-# Here the model is made, with weights that are still random. In each step of the
-# training, an optimizer moves every weight a little against its gradient. AdamW
-# uses a step size of its own for every weight.
+# Here the model is made; it has learned nothing yet. In each step of the training,
+# an optimizer moves every weight a little against its gradient. AdamW uses a step
+# size of its own for every weight.
 
 # %%
 torch.manual_seed(seed)
@@ -506,12 +531,14 @@ optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate)]  # one, o
 @torch.no_grad()
 def estimate_loss(data):
     """Return the mean loss over data (ids), in nats (ln, not log2) per character."""
-    model.eval()  # Step 8: without dropout
+    model.eval()  # Step 9: without dropout
     pieces = data.unfold(0, block_size + 1, block_size)  # (pieces, T+1)
     total = 0.0
     for batch in pieces.split(batch_size):
         logits, loss = model(batch[:, :-1], batch[:, 1:])
         total += loss.item() * len(batch)
+    if not math.isfinite(total):
+        parser.error("the loss is no longer a number; lower the learning rates")
     return total / len(pieces)
 
 
@@ -534,7 +561,7 @@ def evaluate(step):
 @torch.no_grad()
 def generate(idx, max_new_tokens, temperature=1.0, top_k=0):
     """Continue idx, ids (T,): yield max_new_tokens new ids, one at a time."""
-    model.eval()  # Step 8: without dropout
+    model.eval()  # Step 9: without dropout
     for _ in range(max_new_tokens):
         logits, _ = model(idx[None, -block_size:])  # (1, T, V): it looks back this far
         logits = logits[0, -1]                      # (V,): scores after the last one
@@ -569,15 +596,15 @@ def train(first_step=0):
     evaluate(first_step)
     for step in range(first_step + 1, max_iters + 1):
         inputs, targets = get_batch(step)
-        model.train()          # Step 8: with dropout
+        model.train()          # Step 9: with dropout
         logits, loss = model(inputs, targets)
         model.zero_grad()      # forget the gradients of the step before
         loss.backward()        # find the gradient of the loss for every weight
 
-        share = 1 - (step - 1) / max_iters  # from 1 to 0: Step 14, in part two
+        share = 1 - (step - 1) / max_iters  # Step 15: falls from 1 to 0
         for optimizer in optimizers:
-            for group in optimizer.param_groups:                # Step 14
-                group["lr"] = share * optimizer.defaults["lr"]  # Step 14
+            for group in optimizer.param_groups:                # Step 15
+                group["lr"] = share * optimizer.defaults["lr"]  # Step 15
             optimizer.step()   # move every weight a little against its gradient
 
         show_progress(step, loss)
@@ -589,11 +616,12 @@ def train(first_step=0):
 
 # %% [markdown]
 # # Part two: what has been found since
-# Here stands a GPT: that of 2018, only smaller. You can stop here. `--part=1`
-# trains it, in the cell called "The run" near the end. What follows is not in that
-# GPT. Each step replaces one piece of it and leaves all others alone.
+# Here stands a GPT, much like GPT-2 of 2019, only smaller. You can stop here. The
+# cell "The run" near the end trains it, if you say `--part=1`. Nothing that follows
+# is in GPT-2. Each step changes one thing, and most of them by replacing one
+# method.
 #
-# ## Step 9: rotary positions
+# ## Step 10: rotary positions
 # What counts for a score is how far apart two positions are, not where they stand.
 # So do not add clocks to the vectors; *turn* the queries and keys themselves. Take
 # their numbers in pairs: each pair is a hand of a clock. Turn it by an angle that
@@ -611,10 +639,8 @@ cos, sin = angles.cos().to(device), angles.sin().to(device)     # each (T, D/2)
 def rotate(x):
     """Turn each pair x[i], x[i + D/2] of x (B, T, D) by its angle at each position."""
     T = x.shape[1]
-    a, b = x.chunk(2, dim=-1)                     # each (B, T, D/2)
-    turned_a = a * cos[:T] - b * sin[:T]          # (B, T, D/2)
-    turned_b = a * sin[:T] + b * cos[:T]          # (B, T, D/2)
-    return torch.cat([turned_a, turned_b], dim=-1)
+    a, b = x.chunk(2, dim=-1)  # each (B, T, D/2)
+    return torch.cat([a * cos[:T] - b * sin[:T], a * sin[:T] + b * cos[:T]], dim=-1)
 
 
 class RotaryHead(Head):
@@ -625,7 +651,7 @@ class RotaryHead(Head):
 
 
 # %% [markdown]
-# ## Step 10: normalised queries and keys
+# ## Step 11: normalised queries and keys
 # A score can be large because the query fits the key, or just because one of them
 # is long. So scale both to the same length (a mean square of 1). Then only their
 # directions count. (Henry et al. 2020, arXiv:2010.04245)
@@ -639,7 +665,7 @@ class NormedHead(RotaryHead):
 
 
 # %% [markdown]
-# ## Step 11: squared ReLU
+# ## Step 12: squared ReLU
 # The square of ReLU makes a pattern that is clearly there count for more than one
 # that is half there. (So et al. 2021, arXiv:2109.08668)
 
@@ -652,7 +678,7 @@ class SquaredFeedForward(FeedForward):
 
 
 # %% [markdown]
-# ## Step 12: token shift
+# ## Step 13: token shift
 # The characters just before matter most, so we hand them over without any
 # attention. Of the numbers in each vector, half stay where they are. A quarter is
 # taken from the position before, and a quarter from the one before that. (After
@@ -672,9 +698,8 @@ def shift(x):
 
 # %% [markdown]
 # ## The modern GPT
-# All pieces put together. Since queries and keys tell the positions, they are no
-# longer added. And dropout hides whole characters now, which is harder to make up
-# for.
+# All pieces put together. Since queries and keys tell the positions, clocks are no
+# longer added. And with these pieces, blocks need not begin at zero.
 
 # %%
 class ModernBlock(Block):
@@ -683,9 +708,9 @@ class ModernBlock(Block):
     def __init__(self):
         super().__init__()
         self.attention = MultiHeadAttention(NormedHead)
-        self.feed_forward = SquaredFeedForward()  # Step 11
+        self.feed_forward = SquaredFeedForward()  # Step 12
 
-    # Step 12
+    # Step 13
     def forward(self, x):
         x = x + self.attention(shift(self.norm1(x)))
         x = x + self.feed_forward(shift(self.norm2(x)))
@@ -698,7 +723,6 @@ class ModernGPT(GPT):
     def __init__(self):
         super().__init__()
         self.blocks = nn.Sequential(*[ModernBlock() for _ in range(n_layer)])
-        self.dropout = nn.Dropout1d(dropout)
 
     def vectors(self, idx):
         x = self.dropout(self.token_embedding(idx))  # (B, T, C)
@@ -706,7 +730,7 @@ class ModernGPT(GPT):
 
 
 # %% [markdown]
-# ## Step 13: Muon
+# ## Step 14: Muon
 # The gradient of a matrix says how each of its numbers should change. Together,
 # these changes mostly push the same way: a few patterns are strong in them, and
 # many others are weak, though just as useful. Muon makes all patterns in the change
@@ -716,7 +740,7 @@ class ModernGPT(GPT):
 # How is that done? Take a number between 0.01 and 1, put it into the formula 3.4445
 # x - 4.7750 x^3 + 2.0315 x^5, put the result in again, and so on. From 0.01 you get
 # 0.03, 0.12, 0.40, 1.09, 0.70, and from wherever you start, five rounds lead to a
-# number between 0.7 and 1.2. With a matrix in place of the number, the same formula
+# number between 0.7 and 1.1. With a matrix in place of the number, the same formula
 # does this to the strength of all patterns in it at once. (Jordan 2024,
 # kellerjordan.github.io/posts/muon; the three factors were found by search.)
 #
@@ -768,15 +792,15 @@ class Muon(torch.optim.Optimizer):
 if part == 2:
     torch.manual_seed(seed)
     model = ModernGPT().to(device)
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]    # Step 13
-    others = [p for p in model.parameters() if p not in set(matrices)]  # Step 13
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]    # Step 14
+    others = [p for p in model.parameters() if p not in set(matrices)]  # Step 14
     optimizers = [torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, muon_lr)]
 
 # %% [markdown]
-# ## Step 14: learning-rate schedule
+# ## Step 15: learning-rate schedule
 # Long strides at first, then shorter and shorter ones. When the goal is near, long
 # strides would only step over it, back and forth. So the learning rates fall from
-# step to step, down to 0: that is what the lines marked Step 14 in `train` do.
+# step to step, down to 0: that is what the lines marked Step 15 in `train` do.
 
 # %% [markdown]
 # # Running it
@@ -786,9 +810,6 @@ if part == 2:
 # about language models.)
 
 # %%
-for stream in (sys.stdin, sys.stdout):
-    if hasattr(stream, "reconfigure"):
-        stream.reconfigure(errors="replace", line_buffering=True)  # prints ? if it must
 if command:
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C: no traceback
     if hasattr(signal, "SIGPIPE"):
@@ -800,13 +821,12 @@ def show_progress(step, loss):
     """Every ten steps, check the loss; on a terminal, tell it, speed and time left."""
     if step % 10:
         return
-    loss = loss.item()
-    if not math.isfinite(loss):
-        parser.error(f"the loss is {loss} at step {step}; lower the learning rates")
+    if not math.isfinite(loss.item()):
+        parser.error(f"the loss is {loss.item()} at {step=}; lower the learning rates")
     clock.append(time.perf_counter())
     if len(clock) > 1 and sys.stdout.isatty():
         pace = (clock[-1] - clock[-2]) / 10  # seconds a step
-        line = (f"{step} of {max_iters}: loss {loss:.3f}, "
+        line = (f"{step} of {max_iters}: loss {loss.item():.3f}, "
                 f"{batch_size * block_size / pace:,.0f} characters/s, "
                 f"{pace * (max_iters - step) / 60:.1f} minutes left")
         print(line.ljust(79), end="\r")
@@ -824,17 +844,8 @@ else:
     units = torch.cpu.get_capabilities()
     fast = device == "cpu" and bool(units.get("avx512_bf16") or units.get("amx_bf16"))
 autocast = torch.autocast(torch.device(device).type, torch.bfloat16,
-                          {"auto": fast, "bfloat16": True}.get(dtype, False))
-
-
-def forward(idx, targets=None):
-    """Call the model's own forward, to train in 16 bits; to write, in 32."""
-    with autocast if targets is not None else contextlib.nullcontext():
-        return type(model).forward(model, idx, targets)
-
-
-model.forward = forward
-equalize = autocast(equalize)
+                          {"auto": fast, "bfloat16": True}.get(dtype, False),
+                          cache_enabled=False)
 
 # %% [markdown]
 # ## Extra: keep the best model
@@ -880,7 +891,7 @@ if save and not finished and not os.access(Path(save).parent, os.W_OK):
 def keep(step, train_loss, val_loss):
     """Note the losses and, if they are the best, the weights; write all to the file."""
     curve[step] = [train_loss, val_loss]
-    if val_loss < best["val_loss"]:
+    if step == 0 or val_loss < best["val_loss"]:
         weights = {name: w.cpu().clone() for name, w in model.state_dict().items()}
         best.update(step=step, val_loss=val_loss, weights=weights)
     if not save or rank or step == first_step:
@@ -979,7 +990,8 @@ if torch.distributed.is_torchelastic_launched():
 print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}")
 signal.signal(signal.SIGINT, on_ctrl_c)  # Extra
 if not finished:  # Extra
-    train(first_step)
+    with autocast:
+        train(first_step)
 
 # %% [markdown]
 # ## Extra: from here on, the best model

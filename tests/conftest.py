@@ -67,6 +67,9 @@ class Quick:
     def end(self, timeout=120):
         """Wait for the end; return self, with status (negative: a signal), stdout and stderr."""
         self.process.join(timeout)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
         self.status = self.process.exitcode
         self.stdout, self.stderr = (
             (self.folder / name).read_text(encoding="utf-8") for name in ("out", "err"))

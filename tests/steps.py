@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,45 +30,48 @@ MEASURED = ROOT / "tests" / "steps.json"
 EXTRA = 99
 
 # Headings of gpt.py that do not name the step they come with.
-OWNERS = {"The block": 2, "The GPT": 2, "Part two: what has been found since": 9,
-          "The modern GPT": 9, "Model and optimizers of part two": 9}
+OWNERS = {"The block": 2, "The GPT": 2, "Part two: what has been found since": 10,
+          "The modern GPT": 10, "Model and optimizers of part two": 10}
 
 # How a line reads before the step: (as it stands in gpt.py, as it stood), each found just once.
 EDITS = {
     2: [("model = GPT().to(device)  # Step 2", "model = LanguageModel().to(device)")],
-    4: [("self.attention = MultiHeadAttention(Head)", "self.attention = Head()"),
+    3: [("        self.attention = Head()\n", ""),
+        ("        x = x + self.attention(x)\n",
+         "        T = x.shape[1]\n        x = x + weights[:T, :T] @ x\n")],
+    5: [("self.attention = MultiHeadAttention(Head)", "self.attention = Head()"),
         ("D = n_embd // n_head", "D = n_embd")],
-    6: [("self.attention(self.norm1(x))", "self.attention(x)"),
-        ("self.feed_forward(self.norm2(x))  # Step 5", "self.feed_forward(x)         # Step 5")],
-    7: [("self.blocks = nn.Sequential(*[Block() for _ in range(n_layer)])", "self.block = Block()"),
+    7: [("self.attention(self.norm1(x))", "self.attention(x)"),
+        ("self.feed_forward(self.norm2(x))  # Step 6", "self.feed_forward(x)         # Step 6")],
+    8: [("self.blocks = nn.Sequential(*[Block() for _ in range(n_layer)])", "self.block = Block()"),
         ("x = self.blocks(x) ", "x = self.block(x)  ")],
-    10: [("MultiHeadAttention(NormedHead)", "MultiHeadAttention(RotaryHead)")],
-    13: [("[torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, muon_lr)]",
+    11: [("MultiHeadAttention(NormedHead)", "MultiHeadAttention(RotaryHead)")],
+    14: [("[torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, muon_lr)]",
           "[torch.optim.AdamW(model.parameters(), lr=learning_rate)]")],
     EXTRA: [
         ('checkpoint["excerpt"] if finished else read_text()  # Extra: a part is enough',
          "read_text()"),
-        ("if not finished:  # Extra\n    train(first_step)", "train()"),
+        ("if not finished:  # Extra\n    with autocast:\n        train(first_step)", "train()"),
     ],
 }
 
 # What takes a step out of the whole: edits of the last script, or options.
 WITHOUT = {
-    2: [("        x = x + self.attention(shift(self.norm1(x)))\n", "")],
-    4: ["--n_head=1"],
-    5: [("        x = x + self.feed_forward(shift(self.norm2(x)))\n", "")],
-    6: [("shift(self.norm1(x))", "shift(x)"), ("shift(self.norm2(x))", "shift(x)"),
+    3: [("        x = x + self.attention(shift(self.norm1(x)))\n", "")],
+    5: ["--n_head=1"],
+    6: [("        x = x + self.feed_forward(shift(self.norm2(x)))\n", "")],
+    7: [("shift(self.norm1(x))", "shift(x)"), ("shift(self.norm2(x))", "shift(x)"),
         ("return self.norm(self.blocks(x)) ", "return self.blocks(x) ")],
-    7: ["--n_layer=1"],
-    14: [("share = 1 - (step - 1) / max_iters", "share = 1")],
-    9: [("class NormedHead(RotaryHead)", "class NormedHead(Head)"),
+    8: ["--n_layer=1"],
+    15: [("share = 1 - (step - 1) / max_iters", "share = 1")],
+    10: [("class NormedHead(RotaryHead)", "class NormedHead(Head)"),
          ("        x = self.dropout(self.token_embedding(idx))  # (B, T, C)\n"
           "        return self.norm(self.blocks(x))             # (B, T, C)\n",
           "        return super().vectors(idx)\n")],
-    10: [("MultiHeadAttention(NormedHead)", "MultiHeadAttention(RotaryHead)")],
-    11: [("        self.feed_forward = SquaredFeedForward()  # Step 11\n", "")],
-    12: [("shift(self.norm1(x))", "self.norm1(x)"), ("shift(self.norm2(x))", "self.norm2(x)")],
-    13: [("[torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, muon_lr)]",
+    11: [("MultiHeadAttention(NormedHead)", "MultiHeadAttention(RotaryHead)")],
+    12: [("        self.feed_forward = SquaredFeedForward()  # Step 12\n", "")],
+    13: [("shift(self.norm1(x))", "self.norm1(x)"), ("shift(self.norm2(x))", "self.norm2(x)")],
+    14: [("[torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, muon_lr)]",
           "[torch.optim.AdamW(model.parameters(), lr=learning_rate)]")],
 }
 
@@ -137,11 +141,11 @@ def script(last):
     if last == 0:
         return read("bigram.py")
     source = read("gpt.py")
-    for step, pairs in EDITS.items():
+    for step, pairs in sorted(EDITS.items(), reverse=True):
         if step > last:
             source = edit(source, pairs)
-    docstring, _, source = source.partition("\n# %%")
-    out, owner = [(head(last) or docstring.strip()) + "\n\n"], 0
+    source = source.partition("\n# %%")[2]
+    out, owner = [head(last) + "\n\n"], 0
     for is_text, lines in cells("# %%" + source):
         if is_text:
             parts = sections(lines)
@@ -167,10 +171,10 @@ def titles():
 
 def head(last):
     """Return the docstring of a script between the first and the last step."""
-    steps = titles()
-    if last == max(steps):
-        return None
-    return (f'"""Step {last} on the way from bigram.py to gpt.py: {steps[last]}.\n\n'
+    title = titles()[last]
+    whole = ("This is gpt.py without its extras: checkpoints, bf16, several processes, a "
+             "picture.\n\n" if last == max(titles()) else "")
+    return (f'"""Step {last} on the way from bigram.py to gpt.py: {title}.\n\n{whole}'
             "Shapes in comments: B batch_size, T time (up to block_size), C n_embd, D head size,"
             '\nV vocab_size.\n"""')
 
@@ -187,6 +191,7 @@ def write_all(folder):
     for step in [0, *titles()]:
         (folder / file_name(step)).write_text(script(step), encoding="utf-8")
         print(folder / file_name(step))
+    shutil.copy(ROOT / "input.txt", folder)
 
 
 def difference(step):

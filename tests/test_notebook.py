@@ -80,13 +80,13 @@ def losses(said):
 
 
 def test_runs_as_a_notebook(any_book):
-    steps = set()
+    steps = []
     for cell in any_book.cells:
         if cell.cell_type == "markdown":
             assert not cell.source.startswith("# #")
-            steps |= set(re.findall(r"(?m)^## Step (\d+): \w", cell.source))
+            steps += map(int, re.findall(r"(?m)^## Step (\d+): \w", cell.source))
     gpt = any_book.script == "gpt.py"
-    assert steps == ({str(n) for n in range(1, 15)} if gpt else set())
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) >= (14 if gpt else 0)
     said = any_book.run(**{**TINY, "max_iters": 30, "save": "gpt.pt"})
     assert not any_book.error
     found = losses(said)
