@@ -71,6 +71,9 @@ if command:  # and not a notebook, or another program
         near = difflib.get_close_matches(word.strip("-").split("=")[0], glosses)
         parser.error(f"there is no {word} (nearest: {near}); --help lists all options")
     given = vars(found)
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C: no traceback
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head`: none either
 
 for name, value in given.items():
     least = 1 if name.startswith("n_") or name.endswith(("_size", "_interval")) else 0
@@ -331,10 +334,6 @@ def train(first_step=0):
 # about language models.)
 
 # %%
-if command:
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C: no traceback
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head`: none either
 clock = []  # when ten more steps had been made
 
 
@@ -343,7 +342,7 @@ def show_progress(step, loss):
     if step % 10:
         return
     if not math.isfinite(loss.item()):
-        parser.error(f"the loss is {loss.item()} at {step=}; lower the learning rates")
+        parser.error(f"the loss is {loss.item()}; lower the learning rates".ljust(79))
     clock.append(time.perf_counter())
     if len(clock) > 1 and sys.stdout.isatty():
         pace = (clock[-1] - clock[-2]) / 10  # seconds a step

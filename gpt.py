@@ -91,14 +91,17 @@ if command:  # and not a notebook, or another program
         near = difflib.get_close_matches(word.strip("-").split("=")[0], glosses)
         parser.error(f"there is no {word} (nearest: {near}); --help lists all options")
     given = vars(found)
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C: no traceback
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head`: none either
 
 for name, value in given.items():
     least = 1 if name.startswith("n_") or name.endswith(("_size", "_interval")) else 0
     if type(value) is not str and not least <= value < 2**31:
         parser.error(f"{name}={value} should be at least {least}, and below 2**31")
+block = dict(vars())  # Extra
 if "cuda" in given.get("device", device):  # Extra
     vars().update(gpu_preset)
-block = dict(vars())  # Extra
 vars().update(given)
 
 if sys.stdout is None:  # closed
@@ -120,6 +123,8 @@ except Exception as error:
 SETTINGS = ["part", "block_size", "n_embd", "n_head", "n_layer", "seed", "batch_size",
             "max_iters", "eval_interval", "max_new_tokens", "temperature", "top_k",
             "learning_rate", "dropout", "muon_lr", "weight_decay"]
+PARTS = {"settings", "block", "model", "optimizers", "step", "best", "curve", "chars",
+         "excerpt", "text_sha256"}
 
 
 def read_checkpoint(path):
@@ -127,19 +132,21 @@ def read_checkpoint(path):
     if not Path(path).is_file():
         parser.error(f"there is no file {path}")
     try:
-        if zipfile.ZipFile(path).testzip() is None:  # all checksums are right
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            if list(checkpoint["settings"]) == list(checkpoint["block"]) == SETTINGS:
-                return checkpoint
-    except Exception:
-        pass  # whatever is wrong with it, it is none of ours
-    parser.error(f"{path} is no checkpoint of gpt.py, or it is damaged")
+        assert zipfile.ZipFile(path).testzip() is None  # all checksums are right
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        assert set(checkpoint) == PARTS
+        assert list(checkpoint["block"]) == list(checkpoint["settings"]) == SETTINGS
+        assert all(math.isfinite(value) for value in checkpoint["settings"].values())
+        assert all(w.isfinite().all() for w in checkpoint["best"]["weights"].values())
+        return checkpoint
+    except Exception:  # whatever is wrong with it, it is none of ours
+        parser.error(f"{path} is no checkpoint of gpt.py, or it is damaged")
 
 
 checkpoint = read_checkpoint(load) if load else None
 if checkpoint:
     for name, value in checkpoint["settings"].items():
-        if name not in given and vars()[name] == checkpoint["block"][name]:
+        if name not in given and block[name] == checkpoint["block"][name]:
             vars()[name] = value
 another_text = "text_file" in given or text_file != "input.txt"
 finished = checkpoint and checkpoint["step"] >= max_iters and not another_text
@@ -810,10 +817,6 @@ if part == 2:
 # about language models.)
 
 # %%
-if command:
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C: no traceback
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head`: none either
 clock = []  # when ten more steps had been made
 
 
@@ -822,7 +825,7 @@ def show_progress(step, loss):
     if step % 10:
         return
     if not math.isfinite(loss.item()):
-        parser.error(f"the loss is {loss.item()} at {step=}; lower the learning rates")
+        parser.error(f"the loss is {loss.item()}; lower the learning rates".ljust(79))
     clock.append(time.perf_counter())
     if len(clock) > 1 and sys.stdout.isatty():
         pace = (clock[-1] - clock[-2]) / 10  # seconds a step
@@ -857,6 +860,7 @@ autocast = torch.autocast(torch.device(device).type, torch.bfloat16,
 # %%
 text_sha256 = hashlib.sha256(text.encode()).hexdigest()
 best, curve, first_step = {"val_loss": math.inf}, {}, 0
+ours = set()  # the files that this run may replace
 
 if checkpoint:
     same_text = finished or checkpoint["text_sha256"] == text_sha256
@@ -869,6 +873,7 @@ if checkpoint:
             for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
                 optimizer.load_state_dict(state)
             save = given.get("save", load)
+            ours.add(load)
             print(f"{load}: {first_step} of {max_iters} steps are made")
         else:
             weights = checkpoint["best"]["weights"]
@@ -881,7 +886,6 @@ if checkpoint:
     except (KeyError, RuntimeError, ValueError):
         parser.error(f"the model in {load} does not fit these numbers, or this gpt.py")
 
-ours = {load}  # the files that this run may replace
 if save and Path(save).exists() and save not in ours:
     read_checkpoint(save)  # complains if something else would be replaced
 if save and not finished and not os.access(Path(save).parent, os.W_OK):
@@ -927,7 +931,9 @@ interrupted = []  # not empty after Ctrl-C
 
 
 def on_ctrl_c(number, frame):
-    """Remember it; the next Ctrl-C ends everything at once."""
+    """Remember it; a second one, or one before all steps, ends everything at once."""
+    if not curve:
+        usual(number, frame)
     interrupted.append(number)
     signal.signal(signal.SIGINT, usual)
 

@@ -57,7 +57,7 @@ class Quick:
     def __init__(self, script, *args, cwd, tiny=True):
         if not self.server:
             pytest.skip("needs os.fork")
-        self.server.set_forkserver_preload(["torch", "numpy", "requests", "conftest"])
+        self.server.set_forkserver_preload(["torch._dynamo", "requests", "conftest"])
         args = [*(options(script, TINY) if tiny else []), *args]
         self.folder = Path(cwd)
         self.process = self.server.Process(target=as_command, args=(script, args, cwd))

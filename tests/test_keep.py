@@ -206,7 +206,6 @@ def test_ctrl_c_twice_ends_at_once(script, tmp_path):
     assert all(load(path) for path in tmp_path.glob("*/gpt.pt"))
 
 
-# PRODUCT: during the evaluation before the first step, one step is made and saved; and before
 # the cell "Progress", there is a traceback.
 @pytest.mark.parametrize("moment", ["characters", "step 0"])
 def test_ctrl_c_before_the_first_step_leaves_all_as_it_was(script, whole, tmp_path, moment):
@@ -239,7 +238,6 @@ def test_another_text_begins_with_the_best_weights_and_new_rows(script, overfit,
     assert finish(script, tmp_path, load="other.pt", prompt='"(').sample.startswith('"(')
 
 
-# PRODUCT: the source is overwritten if it has the name that the new file is to have.
 @pytest.mark.parametrize("save", [{}, {"save": "other.pt"}])
 def test_another_text_never_overwrites_its_source(script, whole, tmp_path, save):
     shutil.copy(whole.path, tmp_path / "other.pt")
@@ -274,7 +272,6 @@ def test_the_command_line_before_the_checkpoint_before_the_block(script, whole, 
     assert "12 of 15 steps" in done.stdout and done.kept["step"] == 15
 
 
-# PRODUCT: the numbers of the preset count as changed in the block, so the model does not fit.
 def test_a_model_made_on_a_gpu_is_loaded_on_a_cpu(script, whole, tmp_path):
     """Played by a copy of gpt.py that takes the CPU for a GPU."""
     gpu = edited(script, tmp_path / "copy", ('"cuda" in given', '"cpu" in given'),
@@ -316,7 +313,6 @@ def spoil(kind, source, path):
     torch.save(weight if kind == "tensor" else checkpoint, path)
 
 
-# PRODUCT: nan, setting, step, chars, excerpt end in tracebacks; text_sha256 is not missed; tensor
 # brings a warning of torch.
 @pytest.mark.parametrize("kind", [
     "flipped", "truncated", "empty", "text", "pickle", "nan", "code", "setting", "tensor",

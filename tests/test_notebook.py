@@ -116,7 +116,7 @@ def test_a_new_model_trained_again_is_the_one_that_is_kept_and_writes(book):
     said = book.run("## The run", "## Extra: a picture")
     new = losses(said)
     assert not book.error and list(new) == [0, 5] and new[5] > good[60]
-    # PRODUCT: best is not forgotten when a new training begins.
+  
     assert f"the best model (step 5, val loss {new[5]:.4f}) writes:" in said
     kept = torch.load(book.folder / "new.pt", weights_only=True)["best"]
     assert kept["step"] == 5 and kept["val_loss"] == pytest.approx(new[5], abs=1e-4)
@@ -184,7 +184,6 @@ def test_ipython_run_reads_its_options(any_book):
     assert "there is no --max_item=2" in said and any_book.do("print(6 * 7)") == "42\n"
 
 
-# PRODUCT: all but the first read them ("t.py" and "" are parts of ".../gpt.py").
 @pytest.mark.parametrize("name, program", [
     ("other.py", "import gpt"), ("t.py", "import gpt"), (None, "import gpt"),
     ("other.py", "import runpy; runpy.run_path('gpt.py')")])
