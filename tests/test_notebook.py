@@ -116,7 +116,7 @@ def test_a_new_model_trained_again_is_the_one_that_is_kept_and_writes(book):
     said = book.run("## The run", "## Extra: a picture")
     new = losses(said)
     assert not book.error and list(new) == [0, 5] and new[5] > good[60]
-  
+
     assert f"the best model (step 5, val loss {new[5]:.4f}) writes:" in said
     kept = torch.load(book.folder / "new.pt", weights_only=True)["best"]
     assert kept["step"] == 5 and kept["val_loss"] == pytest.approx(new[5], abs=1e-4)
