@@ -625,8 +625,9 @@ def train(first_step=0):
 # # Part two: what has been found since
 # Here stands a GPT, much like GPT-2 of 2019, only smaller. You can stop here. The
 # cell "The run" near the end trains it, if you say `--part=1`. Nothing that follows
-# is in GPT-2. Each step changes one thing, and most of them by replacing one
-# method.
+# is in GPT-2. Each step changes one thing, most of them by replacing one method.
+# The README tells how much each step lowers the loss: together, from 2.12 to 1.59
+# after 300 steps.
 #
 # ## Step 10: rotary positions
 # What counts for a score is how far apart two positions are, not where they stand.

@@ -1,6 +1,8 @@
 """Both scripts as notebooks in a real kernel, cells run again; scripts in other programs."""
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -147,7 +149,7 @@ def test_interrupted_and_trained_again(book):
         """Once the file has been written anew, the training is under way."""
         while not file.exists() or file.stat().st_mtime_ns in kept:
             time.sleep(0.01)
-        book.client.km.interrupt_kernel()
+        os.kill(book.client.km.provisioner.process.pid, signal.SIGINT)
 
     book.run(last="## The run", **long)
     assert not book.error
