@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import steps
-import torch
 from conftest import ROOT, TEXT, Quick, names
 
 SOURCE = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("bigram.py", "gpt.py")}
