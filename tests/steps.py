@@ -307,21 +307,20 @@ def chart():
 
 
 def table():
-    """Return the table of all steps."""
-    long = any(found(f"without {step}", 1200) for step in titles())
-    rows = ["| step | | lines | loss with it | change | whole without it |"
-            + (" the same, 1,200 steps |" if long else ""),
-            "|---|---|---|---|---|---|" + ("---|" if long else "")]
-    whole, whole_long = mean(max(titles())), mean(max(titles()), 1200)
+    """Return the table of all steps; what has not been measured gets no column."""
+    names = {"whole without it": 300, "the same, 1,200 steps": 1200}
+    names = {title: iters for title, iters in names.items()
+             if any(found(f"without {step}", iters) for step in titles())}
+    rows = ["| " + " | ".join(["step", "", "lines", "loss with it", "change", *names]) + " |",
+            "|---" * (5 + len(names)) + "|"]
     for step, title in {0: "bigram", **titles()}.items():
-        lines = lines_of(step) if step else ""
         change = f"{mean(step) - mean(step - 1):+.3f}" if step else ""
-        cells_ = [step, title, lines, f"{mean(step):.3f}", change]
-        for loss, base in ((mean(f"without {step}"), whole),
-                           (mean(f"without {step}", 1200), whole_long))[:1 + long]:
-            known = math.isfinite(loss - base)
-            cells_.append(f"{loss:.3f} ({loss - base:+.3f})" if known else "")
-        rows.append("| " + " | ".join(str(cell) for cell in cells_) + " |")
+        row = [step, title, lines_of(step) if step else "", f"{mean(step):.3f}", change]
+        for iters in names.values():
+            loss = mean(f"without {step}", iters)
+            more = loss - mean(max(titles()), iters)
+            row.append(f"{loss:.3f} ({more:+.3f})" if math.isfinite(more) else "")
+        rows.append("| " + " | ".join(map(str, row)) + " |")
     return [*rows, ""]
 
 
