@@ -328,7 +328,7 @@ class LanguageModel(nn.Module):
 # of matrices, `weights @ x`. Row t of `weights` has equal numbers for the positions
 # 0 to t. It has 0 for the later ones, which must stay hidden: they are what the
 # model is to guess. (A plain mean helps little, because it says nothing about the
-# order. But wait.)
+# order; but from here it is one step to attention.)
 
 # %%
 may_see = torch.ones(block_size, block_size, device=device).tril().bool()  # (T, T)
@@ -624,10 +624,10 @@ def train(first_step=0):
 # %% [markdown]
 # # Part two: what has been found since
 # Here stands a GPT, much like GPT-2 of 2019, only smaller. You can stop here. The
-# cell "The run" near the end trains it, if you say `--part=1`. Nothing that follows
-# is in GPT-2. Each step changes one thing, most of them by replacing one method.
-# The README tells how much each step lowers the loss: together, from 2.12 to 1.59
-# after 300 steps.
+# cell "The run" near the end trains it, if you say `--part=1`. None of the pieces
+# of a model that follow is in GPT-2. Each step changes one thing, most of them by
+# replacing one method. The README tells how much each step lowers the loss:
+# together, from 2.12 to 1.59 after 300 steps.
 #
 # ## Step 10: rotary positions
 # What counts for a score is how far apart two positions are, not where they stand.
