@@ -57,11 +57,10 @@ learning_rate = 0.05     # how far does one step go?
 
 # %%
 script = Path(vars().get("__file__", "notebook"))
-command = __name__ == "__main__" and Path(sys.argv[0]).name in script.parts
 parser = argparse.ArgumentParser(script.name, argparse.SUPPRESS, allow_abbrev=False,
                                  argument_default=argparse.SUPPRESS)
 given = {}
-if command:  # and not a notebook, or another program
+if __name__ == "__main__" and Path(sys.argv[0]).name in script.parts:  # no notebook
     source = inspect.getsource(sys.modules["__main__"]).split("## Options")[0]
     glosses = dict(re.findall(r"(?m)^(\w+) = .+?  # (.+)", source))
     for name, gloss in glosses.items():
@@ -81,8 +80,6 @@ for name, value in given.items():
         parser.error(f"{name}={value} should be at least {least}, and below 2**31")
 vars().update(given)
 
-if sys.stdout is None:  # closed
-    sys.stdout = open(os.devnull, "w")
 for stream in (sys.stdin, sys.stdout):
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="replace", line_buffering=True)  # prints ? if it must
@@ -312,6 +309,7 @@ def write(start, length, seed):
 def train(first_step=0):
     """Adjust the weights of the model step by step, up to max_iters."""
     evaluate(first_step)
+    began = time.time()
     for step in range(first_step + 1, max_iters + 1):
         inputs, targets = get_batch(step)
         logits, loss = model(inputs, targets)
@@ -321,7 +319,10 @@ def train(first_step=0):
         for optimizer in optimizers:
             optimizer.step()   # move every weight a little against its gradient
 
-        show_progress(step, loss)
+        if step % 10 == 0 and os.isatty(1):  # on a terminal, tell how far it is
+            minutes = (time.time() - began) / (step - first_step) / 60  # for one step
+            print(f"step {step} of {max_iters}: loss {loss.item():.3f}, "
+                  f"{minutes * (max_iters - step):4.1f} minutes left ", end="\r")
         if step % eval_interval == 0 or step == max_iters:
             evaluate(step)
 
@@ -329,30 +330,6 @@ def train(first_step=0):
 # %% [markdown]
 # # Running it
 #
-# ## Progress
-# On a terminal, a line tells the speed and the time left. (Nothing in this cell is
-# about language models.)
-
-# %%
-clock = []  # when ten more steps had been made
-
-
-def show_progress(step, loss):
-    """Every ten steps, check the loss; on a terminal, tell it, speed and time left."""
-    if step % 10:
-        return
-    if not math.isfinite(loss.item()):
-        parser.error(f"the loss is {loss.item()}; lower the learning rates".ljust(79))
-    clock.append(time.perf_counter())
-    if len(clock) > 1 and sys.stdout.isatty():
-        pace = (clock[-1] - clock[-2]) / 10  # seconds a step
-        line = (f"{step} of {max_iters}: loss {loss.item():.3f}, "
-                f"{batch_size * block_size / pace:,.0f} characters/s, "
-                f"{pace * (max_iters - step) / 60:.1f} minutes left")
-        print(line.ljust(79), end="\r")
-
-
-# %% [markdown]
 # ## The run
 # First the training, with a look at the losses and a sample now and then.
 

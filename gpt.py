@@ -77,11 +77,10 @@ gpu_preset = {"batch_size": 16, "max_iters": 2000, "eval_interval": 400, "n_embd
 
 # %%
 script = Path(vars().get("__file__", "notebook"))
-command = __name__ == "__main__" and Path(sys.argv[0]).name in script.parts
 parser = argparse.ArgumentParser(script.name, argparse.SUPPRESS, allow_abbrev=False,
                                  argument_default=argparse.SUPPRESS)
 given = {}
-if command:  # and not a notebook, or another program
+if __name__ == "__main__" and Path(sys.argv[0]).name in script.parts:  # no notebook
     source = inspect.getsource(sys.modules["__main__"]).split("## Options")[0]
     glosses = dict(re.findall(r"(?m)^(\w+) = .+?  # (.+)", source))
     for name, gloss in glosses.items():
@@ -104,8 +103,6 @@ if "cuda" in given.get("device", device):  # Extra
     vars().update(gpu_preset)
 vars().update(given)
 
-if sys.stdout is None:  # closed
-    sys.stdout = open(os.devnull, "w")
 for stream in (sys.stdin, sys.stdout):
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="replace", line_buffering=True)  # prints ? if it must
@@ -123,24 +120,23 @@ except Exception as error:
 SETTINGS = ["part", "block_size", "n_embd", "n_head", "n_layer", "seed", "batch_size",
             "max_iters", "eval_interval", "max_new_tokens", "temperature", "top_k",
             "learning_rate", "dropout", "muon_lr", "weight_decay"]
-PARTS = {"settings", "block", "model", "optimizers", "step", "best", "curve", "chars",
-         "excerpt", "text_sha256"}
 
 
 def read_checkpoint(path):
     """Return the checkpoint in this file; complain if it is none, or damaged."""
-    if not Path(path).is_file():
+    if not Path(path).exists():
         parser.error(f"there is no file {path}")
     try:
-        assert zipfile.ZipFile(path).testzip() is None  # all checksums are right
+        damaged = zipfile.ZipFile(path).testzip()  # the name of a part, or None
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        assert set(checkpoint) == PARTS
-        assert list(checkpoint["block"]) == list(checkpoint["settings"]) == SETTINGS
-        assert all(math.isfinite(value) for value in checkpoint["settings"].values())
-        assert all(w.isfinite().all() for w in checkpoint["best"]["weights"].values())
-        return checkpoint
-    except Exception:  # whatever is wrong with it, it is none of ours
-        parser.error(f"{path} is no checkpoint of gpt.py, or it is damaged")
+        numbers = [*map(torch.tensor, checkpoint["settings"].values()),
+                   *checkpoint["best"]["weights"].values()]
+        known = list(checkpoint["block"]) == list(checkpoint["settings"]) == SETTINGS
+        if known and not damaged and all(n.isfinite().all() for n in numbers):
+            return checkpoint
+    except Exception:
+        pass  # whatever is wrong with it, it is none of ours
+    parser.error(f"{path} is no checkpoint of gpt.py, or it is damaged")
 
 
 checkpoint = read_checkpoint(load) if load else None
@@ -375,13 +371,17 @@ class Head(nn.Module):
         """Return how well each query (a row) fits each key (a column): (B, T, T)."""
         return q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
 
-    def forward(self, x):
+    def weights(self, x):
+        """Return how much each position (row) takes from each (column): (B, T, T)."""
         T = x.shape[1]
-        q, k, v = self.query(x), self.key(x), self.value(x)       # each (B, T, D)
+        q, k = self.query(x), self.key(x)                         # each (B, T, D)
         scores = self.scores(q, k)                                # (B, T, T)
         scores = scores.masked_fill(~may_see[:T, :T], -math.inf)  # (B, T, T)
-        weights = F.softmax(scores, dim=-1)                       # (B, T, T)
-        return weights @ v                                        # (B, T, D)
+        return F.softmax(scores, dim=-1)                          # (B, T, T)
+
+    def forward(self, x):
+        v = self.value(x)           # (B, T, D)
+        return self.weights(x) @ v  # (B, T, D)
 
 
 # %% [markdown]
@@ -467,9 +467,11 @@ class Block(nn.Module):
     def __init__(self):
         super().__init__()
         self.attention = MultiHeadAttention(Head)
-        self.feed_forward = FeedForward()         # Step 6
-        self.norm1 = nn.LayerNorm(n_embd)         # Step 7
-        self.norm2 = nn.LayerNorm(n_embd)         # Step 7
+        self.feed_forward = FeedForward()              # Step 6
+        self.norm1 = nn.LayerNorm(n_embd)              # Step 7
+        self.norm2 = nn.LayerNorm(n_embd)              # Step 7
+        nn.init.zeros_(self.attention.proj.weight)     # Step 8
+        nn.init.zeros_(self.feed_forward.down.weight)  # Step 8
 
     def forward(self, x):
         x = x + self.attention(self.norm1(x))
@@ -499,12 +501,9 @@ class Block(nn.Module):
 class GPT(LanguageModel):
     """The language model whose vectors know the text so far."""
 
-    def __init__(self):
+    def __init__(self, block):
         super().__init__()
-        self.blocks = nn.Sequential(*[Block() for _ in range(n_layer)])
-        for block in self.blocks:             # Step 8
-            nn.init.zeros_(block.attention.proj.weight)
-            nn.init.zeros_(block.feed_forward.down.weight)
+        self.blocks = nn.Sequential(*[block() for _ in range(n_layer)])
         self.norm = nn.LayerNorm(n_embd)      # Step 7
         self.dropout = nn.Dropout1d(dropout)  # Step 9
 
@@ -526,7 +525,7 @@ class GPT(LanguageModel):
 
 # %%
 torch.manual_seed(seed)
-model = GPT().to(device)  # Step 2
+model = GPT(Block).to(device)  # Step 2
 optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate)]  # one, or more
 
 # %% [markdown]
@@ -538,7 +537,6 @@ optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate)]  # one, o
 @torch.no_grad()
 def estimate_loss(data):
     """Return the mean loss over data (ids), in nats (ln, not log2) per character."""
-    model.eval()  # Step 9: without dropout
     pieces = data.unfold(0, block_size + 1, block_size)  # (pieces, T+1)
     total = 0.0
     for batch in pieces.split(batch_size):
@@ -568,7 +566,6 @@ def evaluate(step):
 @torch.no_grad()
 def generate(idx, max_new_tokens, temperature=1.0, top_k=0):
     """Continue idx, ids (T,): yield max_new_tokens new ids, one at a time."""
-    model.eval()  # Step 9: without dropout
     for _ in range(max_new_tokens):
         logits, _ = model(idx[None, -block_size:])  # (1, T, V): it looks back this far
         logits = logits[0, -1]                      # (V,): scores after the last one
@@ -601,10 +598,12 @@ def write(start, length, seed):
 def train(first_step=0):
     """Adjust the weights of the model step by step, up to max_iters."""
     evaluate(first_step)
+    began = time.time()
     for step in range(first_step + 1, max_iters + 1):
         inputs, targets = get_batch(step)
         model.train()          # Step 9: with dropout
         logits, loss = model(inputs, targets)
+        model.eval()           # Step 9: without it
         model.zero_grad()      # forget the gradients of the step before
         loss.backward()        # find the gradient of the loss for every weight
 
@@ -614,7 +613,10 @@ def train(first_step=0):
                 group["lr"] = share * optimizer.defaults["lr"]  # Step 15
             optimizer.step()   # move every weight a little against its gradient
 
-        show_progress(step, loss)
+        if step % 10 == 0 and os.isatty(1):  # on a terminal, tell how far it is
+            minutes = (time.time() - began) / (step - first_step) / 60  # for one step
+            print(f"step {step} of {max_iters}: loss {loss.item():.3f}, "
+                  f"{minutes * (max_iters - step):4.1f} minutes left ", end="\r")
         if step % eval_interval == 0 or step == max_iters:
             evaluate(step)
         if stopped(step):  # Extra: after Ctrl-C
@@ -726,11 +728,7 @@ class ModernBlock(Block):
 
 
 class ModernGPT(GPT):
-    """A GPT of modern blocks."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.Sequential(*[ModernBlock() for _ in range(n_layer)])
+    """A GPT that adds no positions to the vectors."""
 
     def vectors(self, idx):
         x = self.dropout(self.token_embedding(idx))  # (B, T, C)
@@ -799,7 +797,7 @@ class Muon(torch.optim.Optimizer):
 # %%
 if part == 2:
     torch.manual_seed(seed)
-    model = ModernGPT().to(device)
+    model = ModernGPT(ModernBlock).to(device)
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]    # Step 14
     others = [p for p in model.parameters() if p not in set(matrices)]  # Step 14
     optimizers = [torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, muon_lr)]
@@ -811,32 +809,9 @@ if part == 2:
 # step to step, down to 0: that is what the lines marked Step 15 in `train` do.
 
 # %% [markdown]
-# # Running it
+# # Extras
+# What makes the script of use, and teaches nothing about GPTs: skip to "The run".
 #
-# ## Progress
-# On a terminal, a line tells the speed and the time left. (Nothing in this cell is
-# about language models.)
-
-# %%
-clock = []  # when ten more steps had been made
-
-
-def show_progress(step, loss):
-    """Every ten steps, check the loss; on a terminal, tell it, speed and time left."""
-    if step % 10:
-        return
-    if not math.isfinite(loss.item()):
-        parser.error(f"the loss is {loss.item()}; lower the learning rates".ljust(79))
-    clock.append(time.perf_counter())
-    if len(clock) > 1 and sys.stdout.isatty():
-        pace = (clock[-1] - clock[-2]) / 10  # seconds a step
-        line = (f"{step} of {max_iters}: loss {loss.item():.3f}, "
-                f"{batch_size * block_size / pace:,.0f} characters/s, "
-                f"{pace * (max_iters - step) / 60:.1f} minutes left")
-        print(line.ljust(79), end="\r")
-
-
-# %% [markdown]
 # ## Extra: bf16
 # Where the processor has units for numbers of 16 bits (bfloat16), matrix products
 # take half the time with them, and the loss is the same.
@@ -847,8 +822,8 @@ if device.startswith("cuda"):
 else:
     units = torch.cpu.get_capabilities()
     fast = device == "cpu" and bool(units.get("avx512_bf16") or units.get("amx_bf16"))
-autocast = torch.autocast(torch.device(device).type, torch.bfloat16,
-                          {"auto": fast, "bfloat16": True}.get(dtype, False),
+use_bf16 = dtype == "bfloat16" or (dtype == "auto" and fast)
+autocast = torch.autocast(torch.device(device).type, torch.bfloat16, use_bf16,
                           cache_enabled=False)
 
 # %% [markdown]
@@ -990,11 +965,14 @@ if torch.distributed.is_torchelastic_launched():
     optimizers[0].register_step_pre_hook(average_gradients)
 
 # %% [markdown]
+# # Running it
+#
 # ## The run
 # First the training, with a look at the losses and a sample now and then.
 
 # %%
 print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}")
+model.eval()  # Step 9: only the training switches dropout on
 signal.signal(signal.SIGINT, on_ctrl_c)  # Extra
 if not finished:  # Extra
     with autocast:
@@ -1031,27 +1009,23 @@ for line in sys.stdin if prompt == "-" else [prompt]:
 # head of the last block looks (rows look at columns).
 
 # %%
+def draw(attention, args):
+    """Draw the attention weights of all heads for the first text of args."""
+    for axis, head in zip(axes[1:], attention.heads):
+        axis.imshow(head.weights(args[0])[0].cpu().numpy())
+
+
 try:
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, n_head + 1, figsize=(4 * n_head + 4, 4))
-except Exception:
-    axes = []  # not installed, or it cannot draw here
-
-
-def draw(head, args, output):
-    """Draw the attention weights of a head that has just been called."""
-    scores = head.scores(head.query(args[0]), head.key(args[0]))  # (B, T, T)
-    T = scores.shape[-1]
-    weights = F.softmax(scores.masked_fill(~may_see[:T, :T], -math.inf), dim=-1)
-    axes[1 + heads.index(head)].imshow(weights[0].cpu().numpy())
-
-
-if len(axes) and rank == 0 and not finished:
-    axes[0].plot(list(curve), list(curve.values()), label=["train", "val"])
-    axes[0].legend()
-    heads = list(model.blocks[-1].attention.heads)
-    hooks = [head.register_forward_hook(draw) for head in heads]
-    list(generate(val_data[:32], 1))
-    for hook in hooks:
+    if rank == 0 and not finished:
+        figure, axes = plt.subplots(1, n_head + 1, figsize=(4 * n_head + 4, 4))
+        axes[0].plot(list(curve), list(curve.values()), label=["train", "val"])
+        axes[0].legend()
+        hook = model.blocks[-1].attention.register_forward_pre_hook(draw)
+        list(generate(val_data[:32], 1))  # the next character after 32
         hook.remove()
-    figure.savefig("gpt.png")
+        figure.savefig("gpt.png")
+except ImportError:
+    pass  # it is not installed
+except Exception as error:
+    print(f"no picture: {error}")

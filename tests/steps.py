@@ -31,11 +31,11 @@ EXTRA = 99
 
 # Headings of gpt.py that do not name the step they come with.
 OWNERS = {"The block": 2, "The GPT": 2, "Part two: what has been found since": 10,
-          "The modern GPT": 10, "Model and optimizers of part two": 10}
+          "The modern GPT": 10, "Model and optimizers of part two": 10, "Extras": EXTRA}
 
 # How a line reads before the step: (as it stands in gpt.py, as it stood), each found just once.
 EDITS = {
-    2: [("model = GPT().to(device)  # Step 2", "model = LanguageModel().to(device)")],
+    2: [("model = GPT(Block).to(device)  # Step 2", "model = LanguageModel().to(device)")],
     3: [("        self.attention = Head()\n", ""),
         ("        x = x + self.attention(x)\n",
          "        T = x.shape[1]\n        x = x + weights[:T, :T] @ x\n")],
@@ -43,9 +43,10 @@ EDITS = {
         ("D = n_embd // n_head", "D = n_embd")],
     7: [("self.attention(self.norm1(x))", "self.attention(x)"),
         ("self.feed_forward(self.norm2(x))  # Step 6", "self.feed_forward(x)         # Step 6")],
-    8: [("self.blocks = nn.Sequential(*[Block() for _ in range(n_layer)])", "self.block = Block()"),
+    8: [("self.blocks = nn.Sequential(*[block() for _ in range(n_layer)])", "self.block = block()"),
         ("x = self.blocks(x) ", "x = self.block(x)  ")],
     11: [("MultiHeadAttention(NormedHead)", "MultiHeadAttention(RotaryHead)")],
+    12: [("SquaredFeedForward()  # Step 12", "FeedForward()")],
     14: [("[torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, muon_lr)]",
           "[torch.optim.AdamW(model.parameters(), lr=learning_rate)]")],
     EXTRA: [
@@ -69,7 +70,7 @@ WITHOUT = {
           "        return self.norm(self.blocks(x))             # (B, T, C)\n",
           "        return super().vectors(idx)\n")],
     11: [("MultiHeadAttention(NormedHead)", "MultiHeadAttention(RotaryHead)")],
-    12: [("        self.feed_forward = SquaredFeedForward()  # Step 12\n", "")],
+    12: [("SquaredFeedForward()  # Step 12", "FeedForward()")],
     13: [("shift(self.norm1(x))", "self.norm1(x)"), ("shift(self.norm2(x))", "self.norm2(x)")],
     14: [("[torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, muon_lr)]",
           "[torch.optim.AdamW(model.parameters(), lr=learning_rate)]")],
@@ -198,7 +199,7 @@ def difference(step):
     """Return what changes in this step, as the lines of a diff without the docstrings."""
     old, new = ([line for line in script(n).partition("# %%\n")[2].split("\n")]
                 for n in (step - 1, step))
-    return list(difflib.unified_diff(old, new, lineterm="", n=2))[2:]
+    return list(difflib.unified_diff(old, new, lineterm=""))[2:]
 
 
 def text_of(step):

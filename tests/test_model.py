@@ -247,9 +247,8 @@ def test_generate(gpt):
         torch.manual_seed(seed)
         return list(gpt["generate"](idx, count, **kwargs))
 
-    model.train()
     out = new(idx, 6)
-    assert len(out) == 6 and not model.training and torch.is_grad_enabled()
+    assert len(out) == 6 and torch.is_grad_enabled()
     assert out == new(idx, 6) != new(idx, 6, seed=1)
     assert out == new(idx[-size:], 6)  # more context than block_size is never seen
     for start in (idx[:1], idx[:size - 2], idx):
@@ -307,8 +306,16 @@ def test_dropout_hides_whole_characters_in_training_only(tmp_path):
         assert torch.equal(torch.stack(seen)[~hidden],
                            (2 * plain).expand(100, *plain.shape)[~hidden])
         assert abs(hidden.float().mean() - 0.5) < 4 * 0.5 / math.sqrt(hidden.numel())
-        losses = {space["estimate_loss"](space["val_data"][:999]) for _ in range(2)}
-        assert len(losses) == 1
+
+
+def test_dropout_is_on_while_gradients_are_wanted(tmp_path):
+    space, modes = loaded(tmp_path, dropout=0.5), []
+    space.update(max_iters=5, eval_interval=2, starts=list(range(40)))
+    space["model"].register_forward_pre_hook(
+        lambda model, _: modes.append((model.training, torch.is_grad_enabled())))
+    space["train"]()
+    assert modes.count((True, True)) == 5
+    assert set(modes) == {(True, True), (False, False)} and not space["model"].training
 
 
 def test_learning_rates_fall_to_zero(tmp_path):
