@@ -53,7 +53,7 @@ learning_rate = 0.05     # how far does one step go?
 # %% [markdown]
 # ## Options
 # Each of these is also an option of the command line, which is read here. Nothing
-# in this cell is about language models.
+# of this is about language models: on a first reading, skip to "The text".
 
 # %%
 script = Path(vars().get("__file__", "notebook"))
@@ -61,15 +61,18 @@ parser = argparse.ArgumentParser(script.name, argparse.SUPPRESS, allow_abbrev=Fa
                                  argument_default=argparse.SUPPRESS)
 given = {}
 if __name__ == "__main__" and Path(sys.argv[0]).name in script.parts:  # no notebook
+    # What --help says of an option is its comment in the cell above.
     source = inspect.getsource(sys.modules["__main__"]).split("## Options")[0]
     glosses = dict(re.findall(r"(?m)^(\w+) = .+?  # (.+)", source))
     for name, gloss in glosses.items():
         parser.add_argument(f"--{name}", type=type(vars()[name]), help=gloss)
+
     found, unknown = parser.parse_known_args()
     for word in unknown:
         near = difflib.get_close_matches(word.strip("-").split("=")[0], glosses)
         parser.error(f"there is no {word} (nearest: {near}); --help lists all options")
     given = vars(found)
+
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C: no traceback
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head`: none either
@@ -171,17 +174,18 @@ if len(val_data) <= block_size:
 # and dealt. When none is left, it is cut anew, at other places, and shuffled again.
 
 # %%
-torch.manual_seed(seed)
+chance = torch.Generator().manual_seed(seed)
 cuts = torch.arange(0, len(train_data) - 2 * block_size, block_size)
-starts = []  # where the pieces begin, for all steps of the training
-while len(starts) <= max_iters * batch_size:
-    offset = torch.randint(block_size, (1,))
-    shuffled = cuts[torch.randperm(len(cuts))]
-    starts += (shuffled + offset).tolist()
+starts = []  # where the pieces begin, in the order in which they are dealt
 
 
 def get_batch(step):
     """Return the inputs and the targets of this step (1, 2, ...), both (B, T)."""
+    while len(starts) < step * batch_size:  # too few are left: cut anew, and shuffle
+        offset = torch.randint(block_size, (1,), generator=chance)
+        shuffled = cuts[torch.randperm(len(cuts), generator=chance)]
+        starts.extend((shuffled + offset).tolist())
+
     dealt = starts[(step - 1) * batch_size:step * batch_size]
     pieces = torch.stack([train_data[i:i + block_size + 1] for i in dealt])  # (B, T+1)
     return pieces[:, :-1], pieces[:, 1:]
@@ -200,9 +204,9 @@ for t in range(1, 5):
 # probability = exp(score) / (sum of exp over all scores)
 #
 # The *loss* is -ln(probability of the character that really came), averaged over
-# all positions. Guessing blindly among the 63 characters of this text gives a loss
-# of ln(63) = 4.14. A loss of 1.4 means being as unsure as among exp(1.4) = 4
-# characters.
+# all positions. Guessing blindly among 63 characters (as printed above; other copies
+# of this text have 65) gives a loss of ln(63) = 4.14. A loss of 1.4 means being as
+# unsure as among exp(1.4) = 4 characters.
 
 # %% [markdown]
 # ## The model: a table
@@ -259,10 +263,14 @@ def estimate_loss(data):
     return total / len(pieces)
 
 
+losses = {}  # {step: (training loss, validation loss)}
+
+
 def evaluate(step):
-    """Print the losses after this step, and a short sample."""
+    """Measure and print the losses after this step, and a short sample."""
     train_loss = estimate_loss(train_data[:2**15])  # a part of it is enough
     val_loss = estimate_loss(val_data[:2**18])
+    losses[step] = train_loss, val_loss
     line = f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
     print(line.ljust(79))
     write("", 80, seed)
@@ -302,40 +310,43 @@ def write(start, length, seed):
 
 # %% [markdown]
 # ## Training
-# Take a batch, compute the loss, let backpropagation find out how each weight
-# changes the loss, and move each weight a little the other way. Again and again.
+# One step: take a batch, compute the loss, let backpropagation find out how each
+# weight changes the loss, and move each weight a little the other way. "The run"
+# below does this `max_iters` times.
 
 # %%
-def train(first_step=0):
-    """Adjust the weights of the model step by step, up to max_iters."""
-    evaluate(first_step)
-    began = time.time()
-    for step in range(first_step + 1, max_iters + 1):
-        inputs, targets = get_batch(step)
-        logits, loss = model(inputs, targets)
-        model.zero_grad()      # forget the gradients of the step before
-        loss.backward()        # find the gradient of the loss for every weight
+def train_step(step):
+    """Adjust all weights once, by the batch of this step; return its loss."""
+    inputs, targets = get_batch(step)
+    logits, loss = model(inputs, targets)
+    model.zero_grad()      # forget the gradients of the step before
+    loss.backward()        # find the gradient of the loss for every weight
 
-        for optimizer in optimizers:
-            optimizer.step()   # move every weight a little against its gradient
-
-        if step % 10 == 0 and os.isatty(1):  # on a terminal, tell how far it is
-            minutes = (time.time() - began) / (step - first_step) / 60  # for one step
-            print(f"step {step} of {max_iters}: loss {loss.item():.3f}, "
-                  f"{minutes * (max_iters - step):4.1f} minutes left ", end="\r")
-        if step % eval_interval == 0 or step == max_iters:
-            evaluate(step)
+    for optimizer in optimizers:
+        optimizer.step()   # move every weight a little against its gradient
+    return loss
 
 
 # %% [markdown]
 # # Running it
 #
 # ## The run
-# First the training, with a look at the losses and a sample now and then.
+# The training, step after step, with a look at the losses and a sample now and then.
 
 # %%
 print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}")
-train()
+first_step = 0
+evaluate(first_step)
+
+began = time.time()
+for step in range(first_step + 1, max_iters + 1):
+    loss = train_step(step)
+    if step % 10 == 0 and os.isatty(1):  # on a terminal, tell how far it is
+        minutes = (time.time() - began) / (step - first_step) / 60  # for one step
+        print(f"step {step} of {max_iters}: loss {loss.item():.3f}, "
+              f"{minutes * (max_iters - step):4.1f} minutes left ", end="\r")
+    if step % eval_interval == 0 or step == max_iters:
+        evaluate(step)
 
 # %% [markdown]
 # ## The sample

@@ -8,10 +8,10 @@ The whole machine: characters -> ids -> vectors (embedding) -> blocks, each atte
 (look back) and feed-forward (think) -> a score for every character that may come next
 -> draw one, append it, repeat.
 
-Part one is a complete GPT: on a first reading, stop where it ends. Part two is what has
-been found since. What is called "Extra" teaches nothing about GPTs: skip it. bigram.py
-is this script with the simplest model there is. Each "Step" is one idea on the way to
-this one.
+Part one is a complete GPT: on a first reading, go from "The text" to where it ends. Part
+two is what has been found since. What is called "Extra" teaches nothing about GPTs: skip
+it. bigram.py is this script with the simplest model there is. Each "Step" is one idea on
+the way to this one.
 
 Shapes in comments: B batch_size, T time (up to block_size), C n_embd, D head size
 (C / n_head), V vocab_size.
@@ -54,7 +54,7 @@ samples = 1              # how many continuations?
 max_new_tokens = 500     # how many characters does each have?
 temperature = 0.8        # below 1 keeps to likely characters, above 1 dares more
 top_k = 0                # draw from the k likeliest characters only (0: from all)
-learning_rate = 0.004    # how far does one step go? (Step 1: less far than in a table)
+learning_rate = 0.004    # how far does one step go? (0.05 in bigram.py, Step 1)
 n_embd = 192             # embedding dimension: how many numbers a character? (Step 1)
 n_head = 2               # attention heads: in how many ways to look back? (Step 5)
 n_layer = 4              # depth: how many blocks follow one another? (Step 8)
@@ -73,7 +73,7 @@ gpu_preset = {"batch_size": 16, "max_iters": 2000, "eval_interval": 400, "n_embd
 # %% [markdown]
 # ## Options
 # Each of these is also an option of the command line, which is read here. Nothing
-# in this cell is about language models.
+# of this is about language models: on a first reading, skip to "The text".
 
 # %%
 script = Path(vars().get("__file__", "notebook"))
@@ -81,15 +81,18 @@ parser = argparse.ArgumentParser(script.name, argparse.SUPPRESS, allow_abbrev=Fa
                                  argument_default=argparse.SUPPRESS)
 given = {}
 if __name__ == "__main__" and Path(sys.argv[0]).name in script.parts:  # no notebook
+    # What --help says of an option is its comment in the cell above.
     source = inspect.getsource(sys.modules["__main__"]).split("## Options")[0]
     glosses = dict(re.findall(r"(?m)^(\w+) = .+?  # (.+)", source))
     for name, gloss in glosses.items():
         parser.add_argument(f"--{name}", type=type(vars()[name]), help=gloss)
+
     found, unknown = parser.parse_known_args()
     for word in unknown:
         near = difflib.get_close_matches(word.strip("-").split("=")[0], glosses)
         parser.error(f"there is no {word} (nearest: {near}); --help lists all options")
     given = vars(found)
+
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C: no traceback
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head`: none either
@@ -98,7 +101,7 @@ for name, value in given.items():
     least = 1 if name.startswith("n_") or name.endswith(("_size", "_interval")) else 0
     if type(value) is not str and not least <= value < 2**31:
         parser.error(f"{name}={value} should be at least {least}, and below 2**31")
-block = dict(vars())  # Extra
+as_written = dict(vars())  # Extra
 if "cuda" in given.get("device", device):  # Extra
     vars().update(gpu_preset)
 vars().update(given)
@@ -120,6 +123,8 @@ except Exception as error:
 SETTINGS = ["part", "block_size", "n_embd", "n_head", "n_layer", "seed", "batch_size",
             "max_iters", "eval_interval", "max_new_tokens", "temperature", "top_k",
             "learning_rate", "dropout", "muon_lr", "weight_decay"]
+PARTS = {"settings", "block", "model", "optimizers", "step", "best", "losses", "chars",
+         "excerpt", "text_sha256"}
 
 
 def read_checkpoint(path):
@@ -129,11 +134,12 @@ def read_checkpoint(path):
     try:
         damaged = zipfile.ZipFile(path).testzip()  # the name of a part, or None
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        numbers = [*map(torch.tensor, checkpoint["settings"].values()),
-                   *checkpoint["best"]["weights"].values()]
-        known = list(checkpoint["block"]) == list(checkpoint["settings"]) == SETTINGS
-        if known and not damaged and all(n.isfinite().all() for n in numbers):
-            return checkpoint
+        if not damaged and set(checkpoint) == PARTS:
+            names = [list(checkpoint["settings"]), list(checkpoint["block"])]
+            numbers = [*map(torch.tensor, checkpoint["settings"].values()),
+                       *checkpoint["best"]["weights"].values()]
+            if names == 2 * [SETTINGS] and all(n.isfinite().all() for n in numbers):
+                return checkpoint
     except Exception:
         pass  # whatever is wrong with it, it is none of ours
     parser.error(f"{path} is no checkpoint of gpt.py, or it is damaged")
@@ -142,7 +148,7 @@ def read_checkpoint(path):
 checkpoint = read_checkpoint(load) if load else None
 if checkpoint:
     for name, value in checkpoint["settings"].items():
-        if name not in given and block[name] == checkpoint["block"][name]:
+        if name not in given and as_written[name] == checkpoint["block"][name]:
             vars()[name] = value
 another_text = "text_file" in given or text_file != "input.txt"
 finished = checkpoint and checkpoint["step"] >= max_iters and not another_text
@@ -153,6 +159,8 @@ if part not in (1, 2):
     parser.error(f"{part=} should be 1 or 2")
 if n_embd % 4 or n_embd % (2 * n_head):
     parser.error(f"{n_embd=} should be a multiple of 4 and of 2 * {n_head=}")
+if n_layer * batch_size * block_size * n_embd > 2**32:
+    parser.error("n_layer * batch_size * block_size * n_embd should be below 2**32")
 if dropout >= 1:
     parser.error(f"{dropout=} should be below 1")
 if dtype not in ("auto", "bfloat16", "float32"):
@@ -243,17 +251,18 @@ if len(val_data) <= block_size:
 # and dealt. When none is left, it is cut anew, at other places, and shuffled again.
 
 # %%
-torch.manual_seed(seed)
+chance = torch.Generator().manual_seed(seed)
 cuts = torch.arange(0, len(train_data) - 2 * block_size, block_size)
-starts = []  # where the pieces begin, for all steps of the training
-while len(starts) <= max_iters * batch_size:
-    offset = torch.randint(block_size, (1,))
-    shuffled = cuts[torch.randperm(len(cuts))]
-    starts += (shuffled + offset).tolist()
+starts = []  # where the pieces begin, in the order in which they are dealt
 
 
 def get_batch(step):
     """Return the inputs and the targets of this step (1, 2, ...), both (B, T)."""
+    while len(starts) < step * batch_size:  # too few are left: cut anew, and shuffle
+        offset = torch.randint(block_size, (1,), generator=chance)
+        shuffled = cuts[torch.randperm(len(cuts), generator=chance)]
+        starts.extend((shuffled + offset).tolist())
+
     dealt = starts[(step - 1) * batch_size:step * batch_size]
     torch.manual_seed(seed + step)  # Extra: --load finds the same dropout
     pieces = torch.stack([train_data[i:i + block_size + 1] for i in dealt])  # (B, T+1)
@@ -273,9 +282,9 @@ for t in range(1, 5):
 # probability = exp(score) / (sum of exp over all scores)
 #
 # The *loss* is -ln(probability of the character that really came), averaged over
-# all positions. Guessing blindly among the 63 characters of this text gives a loss
-# of ln(63) = 4.14. A loss of 1.4 means being as unsure as among exp(1.4) = 4
-# characters.
+# all positions. Guessing blindly among 63 characters (as printed above; other
+# copies of this text have 65) gives a loss of ln(63) = 4.14. A loss of 1.4 means
+# being as unsure as among exp(1.4) = 4 characters.
 
 # %% [markdown]
 # # Part one: a GPT
@@ -286,7 +295,8 @@ for t in range(1, 5):
 # learns about `a` tells it nothing about `e`. So we give each character a vector of
 # `n_embd` numbers, its *embedding*, which is learned like all other weights.
 # Characters that behave alike can become alike. A linear layer then turns a vector
-# into scores.
+# into scores. (On its own, this is no better than the table, as there are only 63
+# characters. But from now on there are vectors, which can be told more.)
 #
 # The later steps will only change how the vectors are made. So this is a method of
 # its own, which they can replace.
@@ -321,16 +331,16 @@ class LanguageModel(nn.Module):
 # So far each vector knows one character only. To guess what follows `Rome`, the
 # model looks at the `e`. The simplest way to tell the `e` what came before it is
 # the *mean* of all vectors so far. For all positions at once, this is one product
-# of matrices, `weights @ x`. Row t of `weights` has equal numbers for the positions
-# 0 to t. It has 0 for the later ones, which must stay hidden: they are what the
-# model is to guess. (A plain mean helps little, because it says nothing about the
-# order; but from here it is one step to attention.)
+# of matrices, `equal_weights @ x`. Row t of `equal_weights` has equal numbers for
+# the positions 0 to t. It has 0 for the later ones, which must stay hidden: they
+# are what the model is to guess. (A plain mean helps little, because it says
+# nothing about the order; but from here it is one step to attention.)
 
 # %%
 may_see = torch.ones(block_size, block_size, device=device).tril().bool()  # (T, T)
-weights = may_see / may_see.sum(dim=1, keepdim=True)                       # (T, T)
+equal_weights = may_see / may_see.sum(dim=1, keepdim=True)                 # (T, T)
 print("weights of a plain mean, for 4 positions:")
-print(weights[:4, :4].cpu().numpy().round(2))
+print(equal_weights[:4, :4].cpu().numpy().round(2))
 
 # %% [markdown]
 # ## Step 3: attention
@@ -355,6 +365,9 @@ print(weights[:4, :4].cpu().numpy().round(2))
 # a sum typically grows like sqrt(D). Softmax of large scores gives nearly all the
 # weight to one position, and then a small change of the scores has no effect, so
 # nothing can be learned from it. (Vaswani et al. 2017, arXiv:1706.03762)
+#
+# Do not expect much yet. Attention sees *what* came before, but not in which order:
+# that takes one more step.
 
 # %%
 class Head(nn.Module):
@@ -394,12 +407,15 @@ class Head(nn.Module):
 # 320: again 10 degrees back. So "the one before" looks the same everywhere, and can
 # be learned once for all. The hand of a clock has two coordinates, a sine and a
 # cosine. Some clocks are fast, to tell near positions apart, and some are slow, for
-# far ones.
+# far ones. (Does adding not spoil the character? With so many numbers in a vector,
+# the model learns to keep the two apart.)
 #
 # (After Vaswani et al. 2017. GPT-2 has a table of learned vectors instead, which
 # takes a longer training.)
 
 # %%
+# From one position to the next, the fastest clock turns by 1 (in radians, which is 57
+# degrees), and the slowest one by 1 / block_size.
 speeds = block_size ** -torch.linspace(0, 1, n_embd // 2)              # (C/2,)
 angles = torch.arange(block_size)[:, None] * speeds                    # (T, C/2)
 positions = torch.cat([angles.sin(), angles.cos()], dim=1).to(device)  # (T, C)
@@ -488,7 +504,8 @@ class Block(nn.Module):
 # first one may put letters together to a word, and a second one look for the words
 # before it. A deep model is harder to train, so the last layer of each part begins
 # at zero. At first a block adds nothing, and the deep model is as simple as a
-# shallow one. (Zeros do learn: their gradient is not zero.)
+# shallow one. (A layer of zeros learns like any other: its gradient comes from what
+# goes into it, and from what the layers after it ask for.)
 #
 # ## Step 9: dropout
 # A large model can learn a small text by heart. During training, dropout sets
@@ -525,7 +542,7 @@ class GPT(LanguageModel):
 
 # %%
 torch.manual_seed(seed)
-model = GPT(Block).to(device)  # Step 2
+model = GPT(Block).to(device)  # bigram.py has its table here (Step 2)
 optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate)]  # one, or more
 
 # %% [markdown]
@@ -547,14 +564,17 @@ def estimate_loss(data):
     return total / len(pieces)
 
 
+losses = {}  # {step: (training loss, validation loss)}
+
+
 def evaluate(step):
-    """Print the losses after this step, and a short sample."""
+    """Measure and print the losses after this step, and a short sample."""
     train_loss = estimate_loss(train_data[:2**15])  # a part of it is enough
     val_loss = estimate_loss(val_data[:2**18])
+    losses[step] = train_loss, val_loss
     line = f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
     print(line.ljust(79))
     write("", 80, seed)
-    keep(step, train_loss, val_loss)  # Extra
 
 
 # %% [markdown]
@@ -591,45 +611,37 @@ def write(start, length, seed):
 
 # %% [markdown]
 # ## Training
-# Take a batch, compute the loss, let backpropagation find out how each weight
-# changes the loss, and move each weight a little the other way. Again and again.
+# One step: take a batch, compute the loss, let backpropagation find out how each
+# weight changes the loss, and move each weight a little the other way. "The run"
+# below does this `max_iters` times.
+#
+# (What names Step 15 is explained there. Pass over it for now.)
 
 # %%
-def train(first_step=0):
-    """Adjust the weights of the model step by step, up to max_iters."""
-    evaluate(first_step)
-    began = time.time()
-    for step in range(first_step + 1, max_iters + 1):
-        inputs, targets = get_batch(step)
-        model.train()          # Step 9: with dropout
-        logits, loss = model(inputs, targets)
-        model.eval()           # Step 9: without it
-        model.zero_grad()      # forget the gradients of the step before
-        loss.backward()        # find the gradient of the loss for every weight
+def train_step(step):
+    """Adjust all weights once, by the batch of this step; return its loss."""
+    inputs, targets = get_batch(step)
+    model.train()          # Step 9: with dropout
+    logits, loss = model(inputs, targets)
+    model.eval()           # Step 9: without it
+    model.zero_grad()      # forget the gradients of the step before
+    loss.backward()        # find the gradient of the loss for every weight
 
-        share = 1 - (step - 1) / max_iters  # Step 15: falls from 1 to 0
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:                # Step 15
-                group["lr"] = share * optimizer.defaults["lr"]  # Step 15
-            optimizer.step()   # move every weight a little against its gradient
-
-        if step % 10 == 0 and os.isatty(1):  # on a terminal, tell how far it is
-            minutes = (time.time() - began) / (step - first_step) / 60  # for one step
-            print(f"step {step} of {max_iters}: loss {loss.item():.3f}, "
-                  f"{minutes * (max_iters - step):4.1f} minutes left ", end="\r")
-        if step % eval_interval == 0 or step == max_iters:
-            evaluate(step)
-        if stopped(step):  # Extra: after Ctrl-C
-            break
+    share = 1 - (step - 1) / max_iters  # Step 15: falls from 1 to 0
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:                # Step 15
+            group["lr"] = share * optimizer.defaults["lr"]  # Step 15
+        optimizer.step()   # move every weight a little against its gradient
+    return loss
 
 
 # %% [markdown]
 # # Part two: what has been found since
-# Here stands a GPT, much like GPT-2 of 2019, only smaller. You can stop here. The
-# cell "The run" near the end trains it, if you say `--part=1`. None of the pieces
-# of a model that follow is in GPT-2. Each step changes one thing, most of them by
-# replacing one method. The README tells how much each step lowers the loss:
-# together, from 2.12 to 1.59 after 300 steps.
+# Here stands a GPT: GPT-2 of 2019 is made in this way, of the same pieces, only much
+# larger. You can stop here. The cell "The run" near the end trains it, if you say
+# `--part=1`. None of the pieces of a model that follow is in GPT-2. Each step brings
+# one idea, most of them by replacing one method. The README tells what each of them
+# does to the loss: together, from 2.12 to 1.59 after 300 steps.
 #
 # ## Step 10: rotary positions
 # What counts for a score is how far apart two positions are, not where they stand.
@@ -671,7 +683,9 @@ class NormedHead(RotaryHead):
     """A rotary head in which only the directions of queries and keys count."""
 
     def scores(self, q, k):
-        return super().scores(F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:]))
+        q = F.rms_norm(q, q.shape[-1:])
+        k = F.rms_norm(k, k.shape[-1:])
+        return super().scores(q, k)  # which turns them
 
 
 # %% [markdown]
@@ -709,7 +723,8 @@ def shift(x):
 # %% [markdown]
 # ## The modern GPT
 # All pieces put together. Since queries and keys tell the positions, clocks are no
-# longer added. And with these pieces, blocks need not begin at zero.
+# longer added. And with these pieces, blocks need not begin at zero: here new
+# layers take the place of those that were set to zero.
 
 # %%
 class ModernBlock(Block):
@@ -825,6 +840,7 @@ else:
 use_bf16 = dtype == "bfloat16" or (dtype == "auto" and fast)
 autocast = torch.autocast(torch.device(device).type, torch.bfloat16, use_bf16,
                           cache_enabled=False)
+train_step, estimate_loss = autocast(train_step), autocast(estimate_loss)
 
 # %% [markdown]
 # ## Extra: keep the best model
@@ -835,20 +851,22 @@ autocast = torch.autocast(torch.device(device).type, torch.bfloat16, use_bf16,
 
 # %%
 text_sha256 = hashlib.sha256(text.encode()).hexdigest()
-best, curve, first_step = {"val_loss": math.inf}, {}, 0
+best, first_step = {"val_loss": math.inf}, 0
 ours = set()  # the files that this run may replace
 
 if checkpoint:
+    named = "save" in given or save != "gpt.pt"
     same_text = finished or checkpoint["text_sha256"] == text_sha256
     if not same_text and not another_text:
         parser.error(f"{load} has learned another text; name it with --text_file")
     try:
         if same_text:
-            best, curve, first_step = (checkpoint[k] for k in ("best", "curve", "step"))
+            best, first_step = checkpoint["best"], checkpoint["step"]
+            losses.update(checkpoint["losses"])
             model.load_state_dict(checkpoint["model"])
             for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
                 optimizer.load_state_dict(state)
-            save = given.get("save", load)
+            save = save if named else load
             ours.add(load)
             print(f"{load}: {first_step} of {max_iters} steps are made")
         else:
@@ -857,7 +875,7 @@ if checkpoint:
                 new = model.state_dict()[name][len(weights[name]):]
                 weights[name] = torch.cat([weights[name], new.cpu()])
             model.load_state_dict(weights)
-            save = given.get("save", Path(text_file).stem + ".pt")
+            save = save if named else Path(text_file).stem + ".pt"
             print(f"{load} learns {len(new)} new characters, to be saved as {save}")
     except (KeyError, RuntimeError, ValueError):
         parser.error(f"the model in {load} does not fit these numbers, or this gpt.py")
@@ -868,9 +886,9 @@ if save and not finished and not os.access(Path(save).parent, os.W_OK):
     parser.error(f"save={save} is in no folder that can be written to")
 
 
-def keep(step, train_loss, val_loss):
-    """Note the losses and, if they are the best, the weights; write all to the file."""
-    curve[step] = [train_loss, val_loss]
+def keep(step):
+    """Note the weights, if they are the best so far, and write all to the file."""
+    val_loss = losses[step][1]
     if step == 0 or val_loss < best["val_loss"]:
         weights = {name: w.cpu().clone() for name, w in model.state_dict().items()}
         best.update(step=step, val_loss=val_loss, weights=weights)
@@ -880,10 +898,10 @@ def keep(step, train_loss, val_loss):
     try:
         torch.save({
             "settings": {name: globals()[name] for name in SETTINGS},
-            "block": {name: block[name] for name in SETTINGS},
+            "block": {name: as_written[name] for name in SETTINGS},
             "model": model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "step": step, "best": best, "curve": curve, "chars": chars,
+            "step": step, "best": best, "losses": losses, "chars": chars,
             "excerpt": text[:20 * block_size], "text_sha256": text_sha256}, unfinished)
         if file.exists() and save not in ours:  # then another run has made it: keep it
             number = 1
@@ -908,24 +926,19 @@ interrupted = []  # not empty after Ctrl-C
 
 def on_ctrl_c(number, frame):
     """Remember it; a second one, or one before all steps, ends everything at once."""
-    if not curve:
+    if not losses:
         usual(number, frame)
     interrupted.append(number)
     signal.signal(signal.SIGINT, usual)
 
 
-def stopped(step):
-    """Return whether any process was interrupted; if so, evaluate, say how to go on."""
+def stopped():
+    """Return whether Ctrl-C has been pressed, in any of the processes."""
     count = torch.tensor(len(interrupted), device=device)
     if world > 1:
         torch.distributed.all_reduce(count)
-    if count == 0:
-        return False
     interrupted.clear()
-    if step not in curve:
-        evaluate(step)
-    print(f"stopped by Ctrl-C; --load={save} goes on")
-    return True
+    return count > 0
 
 
 usual = signal.getsignal(signal.SIGINT)
@@ -968,15 +981,31 @@ if torch.distributed.is_torchelastic_launched():
 # # Running it
 #
 # ## The run
-# First the training, with a look at the losses and a sample now and then.
+# The training, step after step, with a look at the losses and a sample now and
+# then.
 
 # %%
 print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}")
-model.eval()  # Step 9: only the training switches dropout on
+model.eval()  # Step 9: only train_step switches dropout on
 signal.signal(signal.SIGINT, on_ctrl_c)  # Extra
 if not finished:  # Extra
-    with autocast:
-        train(first_step)
+    evaluate(first_step)
+    keep(first_step)
+
+began = time.time()
+for step in range(first_step + 1, max_iters + 1):
+    loss = train_step(step)
+    if step % 10 == 0 and os.isatty(1):  # on a terminal, tell how far it is
+        minutes = (time.time() - began) / (step - first_step) / 60  # for one step
+        print(f"step {step} of {max_iters}: loss {loss.item():.3f}, "
+              f"{minutes * (max_iters - step):4.1f} minutes left ", end="\r")
+    stop = stopped()  # Extra: by Ctrl-C
+    if step % eval_interval == 0 or step == max_iters or stop:
+        evaluate(step)
+        keep(step)  # Extra
+    if stop:  # Extra
+        print("stopped by Ctrl-C" + (f"; --load={save} goes on" if save else ""))
+        break
 
 # %% [markdown]
 # ## Extra: from here on, the best model
@@ -1019,7 +1048,7 @@ try:
     import matplotlib.pyplot as plt
     if rank == 0 and not finished:
         figure, axes = plt.subplots(1, n_head + 1, figsize=(4 * n_head + 4, 4))
-        axes[0].plot(list(curve), list(curve.values()), label=["train", "val"])
+        axes[0].plot(list(losses), list(losses.values()), label=["train", "val"])
         axes[0].legend()
         hook = model.blocks[-1].attention.register_forward_pre_hook(draw)
         list(generate(val_data[:32], 1))  # the next character after 32

@@ -35,10 +35,11 @@ OWNERS = {"The block": 2, "The GPT": 2, "Part two: what has been found since": 1
 
 # How a line reads before the step: (as it stands in gpt.py, as it stood), each found just once.
 EDITS = {
-    2: [("model = GPT(Block).to(device)  # Step 2", "model = LanguageModel().to(device)")],
+    2: [("model = GPT(Block).to(device)  # bigram.py has its table here (Step 2)",
+         "model = LanguageModel().to(device)")],
     3: [("        self.attention = Head()\n", ""),
         ("        x = x + self.attention(x)\n",
-         "        T = x.shape[1]\n        x = x + weights[:T, :T] @ x\n")],
+         "        T = x.shape[1]\n        x = x + equal_weights[:T, :T] @ x\n")],
     5: [("self.attention = MultiHeadAttention(Head)", "self.attention = Head()"),
         ("D = n_embd // n_head", "D = n_embd")],
     7: [("self.attention(self.norm1(x))", "self.attention(x)"),
@@ -49,10 +50,13 @@ EDITS = {
     12: [("SquaredFeedForward()  # Step 12", "FeedForward()")],
     14: [("[torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, muon_lr)]",
           "[torch.optim.AdamW(model.parameters(), lr=learning_rate)]")],
+    15: [("#\n# (What names Step 15 is explained there. Pass over it for now.)\n", "")],
     EXTRA: [
         ('checkpoint["excerpt"] if finished else read_text()  # Extra: a part is enough',
          "read_text()"),
-        ("if not finished:  # Extra\n    with autocast:\n        train(first_step)", "train()"),
+        ("if not finished:  # Extra\n    evaluate(first_step)\n    keep(first_step)\n",
+         "first_step = 0\nevaluate(first_step)\n"),
+        ("step == max_iters or stop:", "step == max_iters:"),
     ],
 }
 

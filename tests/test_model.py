@@ -310,33 +310,32 @@ def test_dropout_hides_whole_characters_in_training_only(tmp_path):
 
 def test_dropout_is_on_while_gradients_are_wanted(tmp_path):
     space, modes = loaded(tmp_path, dropout=0.5), []
-    space.update(max_iters=5, eval_interval=2, starts=list(range(40)))
+    space.update(max_iters=5)
     space["model"].register_forward_pre_hook(
         lambda model, _: modes.append((model.training, torch.is_grad_enabled())))
-    space["train"]()
+    for step in range(1, 6):
+        space["train_step"](step)
+        space["evaluate"](step)
     assert modes.count((True, True)) == 5
     assert set(modes) == {(True, True), (False, False)} and not space["model"].training
+    assert list(space["losses"]) == [0, 1, 2, 3, 4, 5]
 
 
 def test_learning_rates_fall_to_zero(tmp_path):
     space = names("gpt.py", tmp_path)
-    space.update(max_iters=40, eval_interval=40, starts=list(range(200)))
-    seen = []
-    space["stopped"] = lambda step: seen.append(
-        [o.param_groups[0]["lr"] for o in space["optimizers"]])
-    space["train"]()
-    assert len(seen) == 40
-    for step, rates in enumerate(seen):
-        assert rates == pytest.approx([0.004 * (1 - step / 40), 0.02 * (1 - step / 40)])
+    space["max_iters"] = 40
+    for step in range(1, 41):
+        space["train_step"](step)
+        rates = [optimizer.param_groups[0]["lr"] for optimizer in space["optimizers"]]
+        assert rates == pytest.approx([0.004 * (41 - step) / 40, 0.02 * (41 - step) / 40])
 
 
 def test_training_is_adamw_and_muon_by_the_book(tmp_path):
-    """Three steps of train() against a loop written anew with fresh optimizers."""
+    """Three calls of train_step against a loop written anew with fresh optimizers."""
     a, b = (names("gpt.py", tmp_path) for _ in range(2))
-    a.update(max_iters=3, eval_interval=9, starts=list(range(0, 900, 50)))
-    b.update(starts=a["starts"])
-    a["train"]()
+    a["max_iters"] = 3
     for step in (1, 2, 3):
+        a["train_step"](step)
         for optimizer, rate in zip(b["optimizers"], (0.004, 0.02)):
             optimizer.param_groups[0]["lr"] = rate * (4 - step) / 3
         inputs, targets = b["get_batch"](step)

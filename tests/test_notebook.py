@@ -114,7 +114,7 @@ def test_a_new_model_trained_again_is_the_one_that_is_kept_and_writes(book):
     good = losses(book.run(**{**TINY, "max_iters": 60, "eval_interval": 30, "save": "new.pt"}))
     book.do("max_iters = eval_interval = 5; learning_rate = muon_lr = 0.001")
     book.run("## Model and optimizer\n", "## Evaluation")
-    book.run("## Model and optimizers of part two", "# Running it")
+    book.run("## Model and optimizers of part two", "# Extras")
     said = book.run("## The run", "## Extra: a picture")
     new = losses(said)
     assert not book.error and list(new) == [0, 5] and new[5] > good[60]
@@ -134,7 +134,7 @@ def test_part_two_run_twice_is_part_two_run_once(book):
     book.run(**TINY)
     once = book.do(look)
     start, end = (next(i for i, cell in enumerate(book.cells) if cell.source.startswith(title))
-                  for title in ("# Part two", "# Running it"))
+                  for title in ("# Part two", "# Extras"))
     for cell in book.cells[start:end]:
         if cell.cell_type == "code":
             assert not book.do(cell.source) + book.do(cell.source) + book.error
