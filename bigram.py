@@ -204,9 +204,9 @@ for t in range(1, 5):
 # probability = exp(score) / (sum of exp over all scores)
 #
 # The *loss* is -ln(probability of the character that really came), averaged over
-# all positions. Guessing blindly among 63 characters (as printed above; other copies
-# of this text have 65) gives a loss of ln(63) = 4.14. A loss of 1.4 means being as
-# unsure as among exp(1.4) = 4 characters.
+# all positions. Guessing blindly among 63 characters (as printed above; other
+# copies of this text have 65) gives a loss of ln(63) = 4.14. A loss of 1.4 means
+# being as unsure as among exp(1.4) = 4 characters.
 
 # %% [markdown]
 # ## The model: a table
@@ -270,10 +270,10 @@ def evaluate(step):
     """Measure and print the losses after this step, and a short sample."""
     train_loss = estimate_loss(train_data[:2**15])  # a part of it is enough
     val_loss = estimate_loss(val_data[:2**18])
-    losses[step] = train_loss, val_loss
     line = f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
     print(line.ljust(79))
     write("", 80, seed)
+    losses[step] = train_loss, val_loss
 
 
 # %% [markdown]
@@ -331,7 +331,8 @@ def train_step(step):
 # # Running it
 #
 # ## The run
-# The training, step after step, with a look at the losses and a sample now and then.
+# The training, step after step, with a look at the losses and a sample now and
+# then.
 
 # %%
 print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}")

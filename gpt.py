@@ -571,10 +571,10 @@ def evaluate(step):
     """Measure and print the losses after this step, and a short sample."""
     train_loss = estimate_loss(train_data[:2**15])  # a part of it is enough
     val_loss = estimate_loss(val_data[:2**18])
-    losses[step] = train_loss, val_loss
     line = f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
     print(line.ljust(79))
     write("", 80, seed)
+    losses[step] = train_loss, val_loss
 
 
 # %% [markdown]
@@ -637,11 +637,11 @@ def train_step(step):
 
 # %% [markdown]
 # # Part two: what has been found since
-# Here stands a GPT: GPT-2 of 2019 is made in this way, of the same pieces, only much
-# larger. You can stop here. The cell "The run" near the end trains it, if you say
-# `--part=1`. None of the pieces of a model that follow is in GPT-2. Each step brings
-# one idea, most of them by replacing one method. The README tells what each of them
-# does to the loss: together, from 2.12 to 1.59 after 300 steps.
+# Here stands a GPT: GPT-2 of 2019 is made in this way, of the same pieces, only
+# much larger. You can stop here. The cell "The run" near the end trains it, if you
+# say `--part=1`. None of the pieces of a model that follow is in GPT-2. Each step
+# brings one idea, most of them by replacing one method. The README tells what each
+# of them does to the loss: together, from 2.12 to 1.59 after 300 steps.
 #
 # ## Step 10: rotary positions
 # What counts for a score is how far apart two positions are, not where they stand.

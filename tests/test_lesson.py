@@ -65,7 +65,7 @@ def test_first_and_last_are_the_pair(tmp_path):
     last = steps.script(STEPS[-1])
     kept = set(SOURCE["gpt.py"].split("\n"))
     new = [line for line in last.partition("# %%")[2].split("\n") if line not in kept]
-    assert new == ["text = read_text()", "first_step = 0",
+    assert new == ["text = read_text()", "first_step = 0", "evaluate(first_step)",
                    "    if step % eval_interval == 0 or step == max_iters:"]
     assert "Extra" not in last.partition("# %%")[2]
     # What is left out changes no number: the losses are those of gpt.py, to the last digit.

@@ -140,7 +140,7 @@ def test_a_longer_training_begins_with_the_same_batches(space, tmp_path):
 def test_evaluating_and_sampling_do_not_change_the_training(tmp_path):
     runs = [names("gpt.py", tmp_path, max_iters=12, eval_interval=n, samples=m, dropout=0.2,
                   temperature=t) for n, m, t in ((1, 3, 2), (12, 1, 1))]
-    assert [len(space["curve"]) for space in runs] == [13, 2]
+    assert [len(space["losses"]) for space in runs] == [13, 2]
     assert [space["best"]["step"] for space in runs] == [12, 12]
     for a, b in zip(*(space["model"].parameters() for space in runs)):
         assert torch.equal(a, b)
