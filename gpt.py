@@ -8,10 +8,10 @@ The whole machine: characters -> ids -> vectors (embedding) -> blocks, each atte
 (look back) and feed-forward (think) -> a score for every character that may come next
 -> draw one, append it, repeat.
 
-Part one is a complete GPT: on a first reading, go from "The text" to where it ends. Part
-two is what has been found since. What is called "Extra" teaches nothing about GPTs: skip
-it. bigram.py is this script with the simplest model there is. Each "Step" is one idea on
-the way to this one.
+On a first reading, begin at "The text" and stop where part one ends: it is a complete
+GPT. Part two is what has been found since. What is called "Extra" teaches nothing about
+GPTs. bigram.py is this script with the simplest model there is, and each "Step" is one
+idea on the way from there to here.
 
 Shapes in comments: B batch_size, T time (up to block_size), C n_embd, D head size
 (C / n_head), V vocab_size.
@@ -821,7 +821,7 @@ if part == 2:
 # ## Step 15: learning-rate schedule
 # Long strides at first, then shorter and shorter ones. When the goal is near, long
 # strides would only step over it, back and forth. So the learning rates fall from
-# step to step, down to 0: that is what the lines marked Step 15 in `train` do.
+# step to step, down to 0: that is what the lines marked Step 15 in `train_step` do.
 
 # %% [markdown]
 # # Extras

@@ -1,9 +1,11 @@
 """Several processes, started by PyTorch's launcher, train like one."""
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,15 +16,22 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the launcher ne
 NUMBERS = {**TINY, "batch_size": 8}
 
 
-def launch(script, *args, cwd):
-    """Run a script in two processes; return the finished launcher."""
+def launcher(script, *args, cwd):
+    """Start a script in two processes; return the launcher."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
                "--master_addr=127.0.0.1", f"--master_port={port}", str(script), *map(str, args)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def launch(script, *args, cwd):
+    """Run a script in two processes; return the finished launcher."""
+    started = launcher(script, *args, cwd=cwd)
+    stdout, stderr = started.communicate(timeout=300)
+    return subprocess.CompletedProcess(started.args, started.returncode, stdout, stderr)
 
 
 def gradients(text, folder):
@@ -74,6 +83,19 @@ def test_two_processes_follow_one(small_text, tmp_path):
     assert both[5] < both[0] - 0.05
     assert two.stdout.count("--- sample 1 of 1 ---") == 1
     assert {path.name for path in (tmp_path / "two").iterdir()} <= {"gpt.pt", "gpt.png"}
+
+
+def test_ctrl_c_ends_all_processes_between_two_steps(small_text, tmp_path):
+    started = launcher(ROOT / "gpt.py", *options("gpt.py", NUMBERS), f"--text_file={small_text}",
+                       "--max_iters=100000", "--eval_interval=20", "--save=gpt.pt", cwd=tmp_path)
+    while not (tmp_path / "gpt.pt").exists() and started.poll() is None:
+        time.sleep(0.1)
+    started.send_signal(signal.SIGINT)
+    said, errors = started.communicate(timeout=100)
+    last = max(map(int, re.findall(r"(?m)^step (\d+):", said)))
+    assert 20 <= last < 100000 and "stopped by Ctrl-C; --load=gpt.pt goes on\n" in said
+    assert said.count("--- sample 1 of 1 ---") == 1 and "Error" not in errors
+    assert torch.load(tmp_path / "gpt.pt", weights_only=True)["step"] == last
 
 
 def test_a_batch_that_cannot_be_divided(small_text, tmp_path):
