@@ -60,7 +60,7 @@ EDITS = {
     ],
 }
 
-# What takes a step out of the whole: edits of the last script, or options.
+# What takes a step out of the whole: edits of the last script, and options.
 WITHOUT = {
     3: [("        x = x + self.attention(shift(self.norm1(x)))\n", "")],
     5: ["--n_head=1"],
@@ -79,6 +79,11 @@ WITHOUT = {
     14: [("[torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, muon_lr)]",
           "[torch.optim.AdamW(model.parameters(), lr=learning_rate)]")],
 }
+WITHOUT["3 and 13"] = [
+    ("        x = x + self.attention(shift(self.norm1(x)))\n", ""),
+    ("shift(self.norm2(x))", "self.norm2(x)")]
+WITHOUT["14, rate 0.002"] = [*WITHOUT[14], "--learning_rate=0.002"]
+WITHOUT["14, rate 0.008"] = [*WITHOUT[14], "--learning_rate=0.008"]
 
 
 def read(name):
@@ -329,6 +334,17 @@ def table():
     return [*rows, ""]
 
 
+def worth():
+    """Return the table of what stands in for attention and for Muon, as far as measured."""
+    runs = {"the whole": max(titles()), "without attention": "without 3",
+            "without token shift": "without 13", "without both": "without 3 and 13",
+            "AdamW in place of Muon, learning rate 0.002": "without 14, rate 0.002",
+            "AdamW in place of Muon, learning rate 0.004": "without 14",
+            "AdamW in place of Muon, learning rate 0.008": "without 14, rate 0.008"}
+    rows = [f"| {title} | {mean(name):.3f} |" for title, name in runs.items() if found(name)]
+    return ["| 300 steps | loss |", "|---|---|", *rows, ""]
+
+
 def walk():
     """Return the steps one by one: text, losses, two lines of sample, the difference."""
     out = []
@@ -338,12 +354,17 @@ def walk():
                 "```", sample_of(step), "```", "",
                 f"<details><summary>The difference ({lines_of(step)} lines of code)</summary>",
                 "", "```diff", *difference(step), "```", "", "</details>", ""]
+        if step in (9, max(titles())):
+            what = "a GPT" if step == 9 else "the whole"
+            out += [f"**Here stands {what}.** After these 300 steps it writes, from a line's end:",
+                    "", "```", results().get(f"300/1337/{step}", ("", ""))[1].strip(), "```", ""]
     return out
 
 
 def readme(text):
     """Return the README with all that stands between the markers written anew."""
-    for name, lines in (("chart", chart()), ("table", table()), ("walk", walk())):
+    for name, lines in (("chart", chart()), ("table", table()), ("worth", worth()),
+                        ("walk", walk())):
         begin, end = f"<!-- {name}: by tests/steps.py -->\n", f"<!-- end of {name} -->"
         before, _, rest = text.partition(begin)
         if not rest:
