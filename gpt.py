@@ -653,9 +653,9 @@ def train_step(step):
 # has for the positions 107 and 105. (Su et al. 2021, arXiv:2104.09864)
 
 # %%
-speeds = 10000 ** -torch.linspace(0, 1, n_embd // n_head // 2)  # (D/2,), 1 to 1/10000
-angles = torch.arange(block_size)[:, None] * speeds             # (T, D/2), in radians
-cos, sin = angles.cos().to(device), angles.sin().to(device)     # each (T, D/2)
+turns = 10000 ** -torch.linspace(0, 1, n_embd // n_head // 2)  # (D/2,), 1 to 1/10000
+turned = torch.arange(block_size)[:, None] * turns             # (T, D/2), in radians
+cos, sin = turned.cos().to(device), turned.sin().to(device)    # each (T, D/2)
 
 
 def rotate(x):
@@ -724,7 +724,7 @@ def shift(x):
 # ## The modern GPT
 # All pieces put together. Since queries and keys tell the positions, clocks are no
 # longer added. And with these pieces, blocks need not begin at zero: here new
-# layers take the place of those that were set to zero.
+# layers take the place of those that were set to zero (with Muon, that is better).
 
 # %%
 class ModernBlock(Block):
@@ -758,12 +758,16 @@ class ModernGPT(GPT):
 # equally strong, so that what is rare is learned as well. (In the language of
 # mathematics: it sets all *singular values* of the gradient to about 1.)
 #
-# How is that done? Take a number between 0.01 and 1, put it into the formula 3.4445
-# x - 4.7750 x^3 + 2.0315 x^5, put the result in again, and so on. From 0.01 you get
-# 0.03, 0.12, 0.40, 1.09, 0.70, and from wherever you start, five rounds lead to a
-# number between 0.7 and 1.1. With a matrix in place of the number, the same formula
-# does this to the strength of all patterns in it at once. (Jordan 2024,
-# kellerjordan.github.io/posts/muon; the three factors were found by search.)
+# How is that done? Take a number between 0.01 and 1, put it into this formula, put
+# the result in again, and so on:
+#
+# 3.4445 x - 4.7750 x^3 + 2.0315 x^5
+#
+# From 0.01 you get 0.03, 0.12, 0.40, 1.09, 0.70, and from wherever you start, five
+# rounds lead to a number between 0.7 and 1.1. Now let x be a matrix. The product of
+# x, x.T and x has the same patterns as x, each with its strength to the power of 3.
+# So the same formula, in matrices, does this to all strengths at once. (Jordan
+# 2024, kellerjordan.github.io/posts/muon; the three factors were found by search.)
 #
 # Muon adjusts the matrices in the blocks. All other weights are left to AdamW.
 
