@@ -93,8 +93,9 @@ except Exception as error:
 
 # %% [markdown]
 # ## The text
-# About a million characters of Shakespeare. The model will see nothing else, ever.
-# Where the file is missing, it is downloaded.
+# About a million characters of Shakespeare: a fresh copy of the well-known Tiny
+# Shakespeare, with 63 different characters instead of 65. The model will see
+# nothing else, ever. Where the file is missing, the well-known one is downloaded.
 
 # %%
 url = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"
@@ -204,9 +205,8 @@ for t in range(1, 5):
 # probability = exp(score) / (sum of exp over all scores)
 #
 # The *loss* is -ln(probability of the character that really came), averaged over
-# all positions. Guessing blindly among 63 characters (as printed above; other
-# copies of this text have 65) gives a loss of ln(63) = 4.14. A loss of 1.4 means
-# being as unsure as among exp(1.4) = 4 characters.
+# all positions. Guessing blindly among 63 characters gives a loss of ln(63) = 4.14.
+# A loss of 1.4 means being as unsure as among exp(1.4) = 4 characters.
 
 # %% [markdown]
 # ## The model: a table

@@ -29,6 +29,7 @@ import signal
 import sys
 import time
 import zipfile  # Extra
+from contextlib import contextmanager  # Extra
 from pathlib import Path
 
 import requests
@@ -159,8 +160,8 @@ if part not in (1, 2):
     parser.error(f"{part=} should be 1 or 2")
 if n_embd % 4 or n_embd % (2 * n_head):
     parser.error(f"{n_embd=} should be a multiple of 4 and of 2 * {n_head=}")
-if n_layer * batch_size * block_size * n_embd > 2**32:
-    parser.error("n_layer * batch_size * block_size * n_embd should be below 2**32")
+if n_layer * n_embd * (batch_size * block_size + n_embd) > 2**32:
+    parser.error("too large for any memory; lower n_layer, n_embd, or batch_size")
 if dropout >= 1:
     parser.error(f"{dropout=} should be below 1")
 if dtype not in ("auto", "bfloat16", "float32"):
@@ -168,8 +169,9 @@ if dtype not in ("auto", "bfloat16", "float32"):
 
 # %% [markdown]
 # ## The text
-# About a million characters of Shakespeare. The model will see nothing else, ever.
-# Where the file is missing, it is downloaded.
+# About a million characters of Shakespeare: a fresh copy of the well-known Tiny
+# Shakespeare, with 63 different characters instead of 65. The model will see
+# nothing else, ever. Where the file is missing, the well-known one is downloaded.
 
 # %%
 url = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"
@@ -282,9 +284,8 @@ for t in range(1, 5):
 # probability = exp(score) / (sum of exp over all scores)
 #
 # The *loss* is -ln(probability of the character that really came), averaged over
-# all positions. Guessing blindly among 63 characters (as printed above; other
-# copies of this text have 65) gives a loss of ln(63) = 4.14. A loss of 1.4 means
-# being as unsure as among exp(1.4) = 4 characters.
+# all positions. Guessing blindly among 63 characters gives a loss of ln(63) = 4.14.
+# A loss of 1.4 means being as unsure as among exp(1.4) = 4 characters.
 
 # %% [markdown]
 # # Part one: a GPT
@@ -505,7 +506,8 @@ class Block(nn.Module):
 # before it. A deep model is harder to train, so the last layer of each part begins
 # at zero. At first a block adds nothing, and the deep model is as simple as a
 # shallow one. (A layer of zeros learns like any other: its gradient comes from what
-# goes into it, and from what the layers after it ask for.)
+# goes into it, and from what the layers after it ask for. In the first step only
+# `lm_head` learns, since it is zero itself. Then the others follow.)
 #
 # ## Step 9: dropout
 # A large model can learn a small text by heart. During training, dropout sets
@@ -802,7 +804,7 @@ class Muon(torch.optim.Optimizer):
             mean.lerp_(weight.grad, 0.05)
             change = equalize(mean.lerp(weight.grad, 0.05))
 
-            # A tall matrix makes many numbers from few: it may change more.
+            # A matrix with more rows than columns may change more (found by trial).
             rows, columns = weight.shape
             change *= max(1, rows / columns) ** 0.5
             weight.mul_(1 - lr * weight_decay)
@@ -845,6 +847,25 @@ use_bf16 = dtype == "bfloat16" or (dtype == "auto" and fast)
 autocast = torch.autocast(torch.device(device).type, torch.bfloat16, use_bf16,
                           cache_enabled=False)
 train_step, estimate_loss = autocast(train_step), autocast(estimate_loss)
+
+# %% [markdown]
+# ## Extra: out of memory
+# What happens most often when larger numbers are tried should be easy to
+# understand.
+
+# %%
+@contextmanager
+def memory_in_plain_words():
+    """Complain in one line if what is done needs more memory than there is."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in f"{error!r}".lower():
+            raise
+        parser.error(f"out of memory; lower {batch_size=}, {block_size=} or {n_embd=}")
+
+
+train_step = memory_in_plain_words()(train_step)
 
 # %% [markdown]
 # ## Extra: keep the best model

@@ -1,5 +1,6 @@
 """Bad input: one clear line, exit status 2, no traceback, no training, and no file touched."""
 import re
+import sys
 
 import pytest
 import torch
@@ -37,6 +38,8 @@ CASES = [  # arguments, and what the one line must say
     (f"--n_embd={2**63}", rf"n_embd={2**63} should be .*"),
     (f"--batch_size={2**63}", rf"batch_size={2**63} should be .*"),
     (f"--max_iters={2**63}", rf"max_iters={2**63} should be .*"),
+    ("--n_embd=60000", r"too large for any memory; .*"),
+    ("--n_layer=99999999", r"too large for any memory; .*"),
     ("--dropout=1", r".*dropout=1\.0.*"),
     ("--dropout=1.5", r".*dropout=1\.5.*"),
     ("--n_head=3", r".*n_embd=16.*"),              # 16 is no multiple of 3
@@ -124,3 +127,14 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_not_kept(steps, folder, tm
     assert re.fullmatch(r"gpt\.py: error: the loss is .*rates *\n", run.stderr)
     assert "step 0: " in run.stdout and "--- sample" not in run.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of memory that is kept")
+def test_out_of_memory_is_one_line(folder, tmp_path):
+    resource = pytest.importorskip("resource")
+    run = Quick(ROOT / "gpt.py", f"--text_file={folder / 'good.txt'}", "--batch_size=2000000",
+                "--max_iters=1", cwd=tmp_path)
+    resource.prlimit(run.pid, resource.RLIMIT_AS, (6 * 2**30, 6 * 2**30))
+    assert run.end().status == 2, run.stderr[-500:]
+    assert re.fullmatch(r"gpt\.py: error: out of memory; .*batch_size=2000000.*\n", run.stderr)
+    assert "step 0: " in run.stdout and "--- sample" not in run.stdout
