@@ -286,7 +286,7 @@ def evaluate(step):
 def generate(idx, max_new_tokens, temperature=1.0, top_k=0):
     """Continue idx, ids (T,): yield max_new_tokens new ids, one at a time."""
     for _ in range(max_new_tokens):
-        logits, _ = model(idx[None, -block_size:])  # (1, T, V): it looks back this far
+        logits, _ = model(idx[None, -block_size:])  # (1, T, V), T at most block_size
         logits = logits[0, -1]                      # (V,): scores after the last one
         logits = logits / max(temperature, 1e-6)    # below 1, likely ones gain
         if top_k:
@@ -302,7 +302,7 @@ def write(start, length, seed):
     """Print start, and what the model writes after it as it comes."""
     torch.manual_seed(seed)
     print(start, end="")
-    idx = encode(start or chars[0]).to(device)  # nothing given: start from a line end
+    idx = encode(start or chars[0]).to(device)  # chars[0] is the end of a line here
     for new in generate(idx, length, temperature, top_k):
         print(chars[new], end="", flush=True)
     print()
@@ -354,8 +354,9 @@ for step in range(first_step + 1, max_iters + 1):
 # What has it learned to write?
 
 # %%
-for line in sys.stdin if prompt == "-" else [prompt]:
-    start = line.rstrip("\n")
+for start in sys.stdin if prompt == "-" else [prompt]:
+    if prompt == "-":
+        start = start.rstrip("\n")
     if not set(start) <= set(chars):
         print(f"it knows these characters only: {''.join(chars)!r}")
         continue

@@ -67,7 +67,7 @@ save = "gpt.pt"          # where is the best model kept? Empty: nowhere (Extra)
 load = ""                # which checkpoint to start from? (Extra)
 dtype = "auto"           # bfloat16 where the processor has it, or float32? (Extra)
 
-# Extra: on a CUDA GPU, these take the place of the numbers above.
+# Extra: on a CUDA GPU, these take the place of the numbers above. Change them here.
 gpu_preset = {"batch_size": 16, "max_iters": 2000, "eval_interval": 400, "n_embd": 384,
               "n_head": 4, "n_layer": 6, "dropout": 0.1, "weight_decay": 0.3}
 
@@ -102,7 +102,7 @@ for name, value in given.items():
     least = 1 if name.startswith("n_") or name.endswith(("_size", "_interval")) else 0
     if type(value) is not str and not least <= value < 2**31:
         parser.error(f"{name}={value} should be at least {least}, and below 2**31")
-as_written = dict(vars())  # Extra
+as_written = {k: v for k, v in vars().items() if type(v) in (int, float)}  # Extra
 if "cuda" in given.get("device", device):  # Extra
     vars().update(gpu_preset)
 vars().update(given)
@@ -504,10 +504,11 @@ class Block(nn.Module):
 # `n_layer` blocks in a row: what one block has found, the next one can build on. A
 # first one may put letters together to a word, and a second one look for the words
 # before it. A deep model is harder to train, so the last layer of each part begins
-# at zero. At first a block adds nothing, and the deep model is as simple as a
-# shallow one. (A layer of zeros learns like any other: its gradient comes from what
-# goes into it, and from what the layers after it ask for. In the first step only
-# `lm_head` learns, since it is zero itself. Then the others follow.)
+# at zero. At first a block adds no more than a constant, and the deep model is as
+# simple as a shallow one. (A layer of zeros learns like any other: its gradient
+# comes from what goes into it, and from what the layers after it ask for. In the
+# first step only `lm_head` learns, since it is zero itself. Then the others
+# follow.)
 #
 # ## Step 9: dropout
 # A large model can learn a small text by heart. During training, dropout sets
@@ -589,7 +590,7 @@ def evaluate(step):
 def generate(idx, max_new_tokens, temperature=1.0, top_k=0):
     """Continue idx, ids (T,): yield max_new_tokens new ids, one at a time."""
     for _ in range(max_new_tokens):
-        logits, _ = model(idx[None, -block_size:])  # (1, T, V): it looks back this far
+        logits, _ = model(idx[None, -block_size:])  # (1, T, V), T at most block_size
         logits = logits[0, -1]                      # (V,): scores after the last one
         logits = logits / max(temperature, 1e-6)    # below 1, likely ones gain
         if top_k:
@@ -605,7 +606,7 @@ def write(start, length, seed):
     """Print start, and what the model writes after it as it comes."""
     torch.manual_seed(seed)
     print(start, end="")
-    idx = encode(start or chars[0]).to(device)  # nothing given: start from a line end
+    idx = encode(start or chars[0]).to(device)  # chars[0] is the end of a line here
     for new in generate(idx, length, temperature, top_k):
         print(chars[new], end="", flush=True)
     print()
@@ -639,20 +640,22 @@ def train_step(step):
 
 # %% [markdown]
 # # Part two: what has been found since
-# Here stands a GPT: GPT-2 of 2019 is made in this way, of the same pieces, only
-# much larger. You can stop here. The cell "The run" near the end trains it, if you
-# say `--part=1`. None of the pieces of a model that follow is in GPT-2. Each step
-# brings one idea, most of them by replacing one method. The README tells what each
-# of them does to the loss: together, from 2.12 to 1.59 after 300 steps.
+# Here stands a GPT: GPT-2 of 2019 is made in this way, only much larger. (It has
+# GELU, a smoother ReLU; a learned table of positions; and one matrix for both
+# embedding and `lm_head`.) You can stop here. The cell "The run" near the end
+# trains it, if you say `--part=1`. None of the pieces of a model that follow is in
+# GPT-2. Each step brings one idea, most of them by replacing one method. The README
+# tells what each of them does to the loss: together, from 2.12 to 1.59 after 300
+# steps.
 #
 # ## Step 10: rotary positions
 # What counts for a score is how far apart two positions are, not where they stand.
 # So do not add clocks to the vectors; *turn* the queries and keys themselves. Take
 # their numbers in pairs: each pair is a hand of a clock. Turn it by an angle that
 # is the position times a speed. At a speed of 10 degrees, a query at position 7 is
-# turned by 70 degrees, and a key at position 5 by 50. The product of two hands
-# depends only on the angle between them, which has changed by 20 degrees; and so it
-# has for the positions 107 and 105. (Su et al. 2021, arXiv:2104.09864)
+# turned by 70 degrees, and a key at position 5 by 50. The product of two hands is
+# changed by that through the angle between them alone: by 20 degrees here, and just
+# so at the positions 107 and 105. (Su et al. 2021, arXiv:2104.09864)
 
 # %%
 turns = 10000 ** -torch.linspace(0, 1, n_embd // n_head // 2)  # (D/2,), 1 to 1/10000
@@ -758,7 +761,7 @@ class ModernGPT(GPT):
 # these changes mostly push the same way: a few patterns are strong in them, and
 # many others are weak, though just as useful. Muon makes all patterns in the change
 # equally strong, so that what is rare is learned as well. (In the language of
-# mathematics: it sets all *singular values* of the gradient to about 1.)
+# mathematics: it sets nearly all *singular values* of the change to about 1.)
 #
 # How is that done? Take a number between 0.01 and 1, put it into this formula, put
 # the result in again, and so on:
@@ -775,7 +778,7 @@ class ModernGPT(GPT):
 
 # %%
 def equalize(m):
-    """Return the matrix m with all of its singular values near 1."""
+    """Return the matrix m with nearly all of its singular values near 1."""
     tall = m.shape[0] > m.shape[1]
     x = m.T if tall else m     # lying on its side, a tall matrix is less work
     x = x / (x.norm() + 1e-7)  # now no singular value is above 1
@@ -828,6 +831,8 @@ if part == 2:
 # Long strides at first, then shorter and shorter ones. When the goal is near, long
 # strides would only step over it, back and forth. So the learning rates fall from
 # step to step, down to 0: that is what the lines marked Step 15 in `train_step` do.
+# (This is older than GPTs. It stands here because the model of part one, trained so
+# briefly, gains nothing from it.)
 
 # %% [markdown]
 # # Extras
@@ -835,7 +840,7 @@ if part == 2:
 #
 # ## Extra: bf16
 # Where the processor has units for numbers of 16 bits (bfloat16), matrix products
-# take half the time with them, and the loss is the same.
+# take half the time or less with them, and the loss is the same.
 
 # %%
 if device.startswith("cuda"):
@@ -860,7 +865,7 @@ def memory_in_plain_words():
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in f"{error!r}".lower():
+        if type(error) is not MemoryError and "allocate" not in str(error):
             raise
         parser.error(f"out of memory; lower {batch_size=}, {block_size=} or {n_embd=}")
 
@@ -885,8 +890,10 @@ if checkpoint:
     if not same_text and not another_text:
         parser.error(f"{load} has learned another text; name it with --text_file")
     try:
+        if checkpoint["settings"]["part"] != part:
+            raise ValueError
         if same_text:
-            best, first_step = checkpoint["best"], checkpoint["step"]
+            best, first_step = dict(checkpoint["best"]), checkpoint["step"]
             losses.update(checkpoint["losses"])
             model.load_state_dict(checkpoint["model"])
             for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
@@ -998,6 +1005,7 @@ if torch.distributed.is_torchelastic_launched():
         parser.error(f"{batch_size=} should be a multiple of {world} processes")
     if rank:
         sys.stdout = open(os.devnull, "w")  # the first one speaks for all
+        sys.stdin = open(os.devnull)        # ... and listens
     torch.distributed.init_process_group()
     model.register_forward_pre_hook(take_share)
     optimizers[0].register_step_pre_hook(average_gradients)
@@ -1012,6 +1020,7 @@ if torch.distributed.is_torchelastic_launched():
 # %%
 print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}")
 model.eval()  # Step 9: only train_step switches dropout on
+interrupted.clear()  # Extra
 signal.signal(signal.SIGINT, on_ctrl_c)  # Extra
 if not finished:  # Extra
     evaluate(first_step)
@@ -1048,8 +1057,9 @@ if world > 1:
 # What has it learned to write?
 
 # %%
-for line in sys.stdin if prompt == "-" else [prompt]:
-    start = line.rstrip("\n")
+for start in sys.stdin if prompt == "-" else [prompt]:
+    if prompt == "-":
+        start = start.rstrip("\n")
     if not set(start) <= set(chars):
         print(f"it knows these characters only: {''.join(chars)!r}")
         continue
@@ -1079,7 +1089,7 @@ try:
         list(generate(val_data[:32], 1))  # the next character after 32
         hook.remove()
         figure.savefig("gpt.png")
-except ImportError:
+except ModuleNotFoundError:
     pass  # it is not installed
 except Exception as error:
     print(f"no picture: {error}")
