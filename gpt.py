@@ -405,11 +405,11 @@ class Head(nn.Module):
 # each vector of a character. Think of a row of clocks without numbers. One of them
 # turns by 10 degrees from a position to the next: its hand is at 50 degrees at
 # position 5, and at 40 at position 4. At positions 105 and 104 it is at 330 and
-# 320: again 10 degrees back. So "the one before" looks the same everywhere, and can
-# be learned once for all. The hand of a clock has two coordinates, a sine and a
-# cosine. Some clocks are fast, to tell near positions apart, and some are slow, for
-# far ones. (Does adding not spoil the character? With so many numbers in a vector,
-# the model learns to keep the two apart.)
+# 320: again 10 degrees back. So the way to "the one before" is the same everywhere,
+# and can be learned once for all. The hand of a clock has two coordinates, a sine
+# and a cosine. Some clocks are fast, to tell near positions apart, and some are
+# slow, for far ones. (Does adding not spoil the character? With so many numbers in
+# a vector, the model learns to keep the two apart.)
 #
 # (After Vaswani et al. 2017. GPT-2 has a table of learned vectors instead, which
 # takes a longer training.)
