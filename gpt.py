@@ -645,7 +645,7 @@ def train_step(step):
 # embedding and `lm_head`.) You can stop here. The cell "The run" near the end
 # trains it, if you say `--part=1`. None of the pieces of a model that follow is in
 # GPT-2. Each step brings one idea, most of them by replacing one method. The README
-# tells what each of them does to the loss: together, from 2.12 to 1.59 after 300
+# tells what each of them does to the loss: together, from 2.16 to 1.59 after 300
 # steps.
 #
 # ## Step 10: rotary positions
@@ -655,7 +655,8 @@ def train_step(step):
 # is the position times a speed. At a speed of 10 degrees, a query at position 7 is
 # turned by 70 degrees, and a key at position 5 by 50. The product of two hands is
 # changed by that through the angle between them alone: by 20 degrees here, and just
-# so at the positions 107 and 105. (Su et al. 2021, arXiv:2104.09864)
+# so at the positions 107 and 105. (Su et al. 2021, arXiv:2104.09864) After 300
+# steps, the loss is 2.09 instead of 2.16.
 
 # %%
 turns = 10000 ** -torch.linspace(0, 1, n_embd // n_head // 2)  # (D/2,), 1 to 1/10000
@@ -681,7 +682,8 @@ class RotaryHead(Head):
 # ## Step 11: normalised queries and keys
 # A score can be large because the query fits the key, or just because one of them
 # is long. So scale both to the same length (a mean square of 1). Then only their
-# directions count. (Henry et al. 2020, arXiv:2010.04245)
+# directions count. (Henry et al. 2020, arXiv:2010.04245) After 300 steps, the loss
+# is 1.98 instead of 2.09.
 
 # %%
 class NormedHead(RotaryHead):
@@ -696,7 +698,8 @@ class NormedHead(RotaryHead):
 # %% [markdown]
 # ## Step 12: squared ReLU
 # The square of ReLU makes a pattern that is clearly there count for more than one
-# that is half there. (So et al. 2021, arXiv:2109.08668)
+# that is half there. (So et al. 2021, arXiv:2109.08668) After 300 steps, the loss
+# is 1.96 instead of 1.98.
 
 # %%
 class SquaredFeedForward(FeedForward):
@@ -711,7 +714,8 @@ class SquaredFeedForward(FeedForward):
 # The characters just before matter most, so we hand them over without any
 # attention. Of the numbers in each vector, half stay where they are. A quarter is
 # taken from the position before, and a quarter from the one before that. (After
-# Peng et al. 2023, arXiv:2305.13048)
+# Peng et al. 2023, arXiv:2305.13048) After 300 steps, the loss is 1.76 instead of
+# 1.96.
 
 # %%
 def shift(x):
@@ -775,6 +779,7 @@ class ModernGPT(GPT):
 # 2024, kellerjordan.github.io/posts/muon; the three factors were found by search.)
 #
 # Muon adjusts the matrices in the blocks. All other weights are left to AdamW.
+# After 300 steps, the loss is 1.69 instead of 1.76.
 
 # %%
 def equalize(m):
@@ -832,7 +837,8 @@ if part == 2:
 # strides would only step over it, back and forth. So the learning rates fall from
 # step to step, down to 0: that is what the lines marked Step 15 in `train_step` do.
 # (This is older than GPTs. It stands here because the model of part one, trained so
-# briefly, gains nothing from it.)
+# briefly, gains nothing from it.) After 300 steps, the loss is 1.59 instead of
+# 1.69.
 
 # %% [markdown]
 # # Extras

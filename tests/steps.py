@@ -342,7 +342,7 @@ def worth():
             "AdamW in place of Muon, learning rate 0.004": "without 14",
             "AdamW in place of Muon, learning rate 0.008": "without 14, rate 0.008"}
     rows = [f"| {title} | {mean(name):.3f} |" for title, name in runs.items() if found(name)]
-    return ["| 300 steps | loss |", "|---|---|", *rows, ""]
+    return ["| 300 steps | loss |", "|---|---|", *rows, ""] if rows[1:] else []
 
 
 def walk():
