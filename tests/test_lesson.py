@@ -133,7 +133,8 @@ def test_the_readme_is_what_the_tool_writes():
 
 def test_what_gpt_py_says_its_steps_are_worth():
     for step in range(10, STEPS[-1] + 1):
-        told = re.search(r"loss\s+is\s+(\S+)\s+instead\s+of\s+(\S+)\.", steps.text_of(step)).groups()
+        text = " ".join(steps.text_of(step).split())
+        told = re.search(r"loss is (\S+) instead of (\S+)\.", text).groups()
         assert told == (f"{steps.mean(step):.2f}", f"{steps.mean(step - 1):.2f}"), step
     source = SOURCE["gpt.py"].replace("\n# ", " ")
     told = re.search(r"together, from (\S+) to (\S+) after 300 steps", source).groups()
