@@ -237,7 +237,7 @@ class LanguageModel(nn.Module):
 # ## Model and optimizer
 # Here the model is made; it has learned nothing yet. In each step of the training,
 # an optimizer moves every weight a little against its gradient. AdamW uses a step
-# size of its own for every weight.
+# size of its own for every weight, and pulls each of them slightly to zero as well.
 
 # %%
 torch.manual_seed(seed)
@@ -253,6 +253,7 @@ optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate)]  # one, o
 @torch.no_grad()
 def estimate_loss(data):
     """Return the mean loss over data (ids), in nats (ln, not log2) per character."""
+    # A new piece begins every block_size characters, and is one longer for the targets.
     pieces = data.unfold(0, block_size + 1, block_size)  # (pieces, T+1)
     total = 0.0
     for batch in pieces.split(batch_size):
@@ -269,7 +270,7 @@ losses = {}  # {step: (training loss, validation loss)}
 def evaluate(step):
     """Measure and print the losses after this step, and a short sample."""
     train_loss = estimate_loss(train_data[:2**15])  # a part of it is enough
-    val_loss = estimate_loss(val_data[:2**18])
+    val_loss = estimate_loss(val_data[:2**18])      # all of it, if it is not huge
     line = f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
     print(line.ljust(79))
     write("", 80, seed)
@@ -289,7 +290,7 @@ def generate(idx, max_new_tokens, temperature=1.0, top_k=0):
         logits, _ = model(idx[None, -block_size:])  # (1, T, V), T at most block_size
         logits = logits[0, -1]                      # (V,): scores after the last one
         logits = logits / max(temperature, 1e-6)    # below 1, likely ones gain
-        if top_k:
+        if top_k:  # all but the k likeliest become impossible
             least = logits.topk(min(top_k, vocab_size)).values[-1]
             logits = logits.masked_fill(logits < least, -math.inf)
         probs = F.softmax(logits, dim=-1)           # (V,)

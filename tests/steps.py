@@ -35,9 +35,10 @@ OWNERS = {"The block": 2, "The GPT": 2, "Part two: what has been found since": 1
 
 # How a line reads before the step: (as it stands in gpt.py, as it stood), each found just once.
 EDITS = {
-    2: [("model = GPT(Block).to(device)  # bigram.py has its table here (Step 2)",
+    2: [("model = GPT(Block).to(device)  # before Step 2: LanguageModel()",
          "model = LanguageModel().to(device)")],
-    3: [("        self.attention = Head()\n", ""),
+    3: [("    def __init__(self):\n        super().__init__()\n        self.attention = Head()\n",
+         ""),
         ("        x = x + self.attention(x)\n",
          "        T = x.shape[1]\n        x = x + equal_weights[:T, :T] @ x\n")],
     5: [("self.attention = MultiHeadAttention(Head)", "self.attention = Head()"),
@@ -62,9 +63,9 @@ EDITS = {
 
 # What takes a step out of the whole: edits of the last script, and options.
 WITHOUT = {
-    3: [("        x = x + self.attention(shift(self.norm1(x)))\n", "")],
+    3: [("x + self.attention(shift", "x + 0 * self.attention(shift")],
     5: ["--n_head=1"],
-    6: [("        x = x + self.feed_forward(shift(self.norm2(x)))\n", "")],
+    6: [("x + self.feed_forward(shift", "x + 0 * self.feed_forward(shift")],
     7: [("shift(self.norm1(x))", "shift(x)"), ("shift(self.norm2(x))", "shift(x)"),
         ("return self.norm(self.blocks(x)) ", "return self.blocks(x) ")],
     8: ["--n_layer=1"],
@@ -80,8 +81,9 @@ WITHOUT = {
           "[torch.optim.AdamW(model.parameters(), lr=learning_rate)]")],
 }
 WITHOUT["3 and 13"] = [
-    ("        x = x + self.attention(shift(self.norm1(x)))\n", ""),
+    ("x + self.attention(shift(self.norm1(x)))", "x + 0 * self.attention(self.norm1(x))"),
     ("shift(self.norm2(x))", "self.norm2(x)")]
+WITHOUT["14, rate 0.001"] = [*WITHOUT[14], "--learning_rate=0.001"]
 WITHOUT["14, rate 0.002"] = [*WITHOUT[14], "--learning_rate=0.002"]
 WITHOUT["14, rate 0.008"] = [*WITHOUT[14], "--learning_rate=0.008"]
 
@@ -338,11 +340,14 @@ def worth():
     """Return the table of what stands in for attention and for Muon, as far as measured."""
     runs = {"the whole": max(titles()), "without attention": "without 3",
             "without token shift": "without 13", "without both": "without 3 and 13",
+            "AdamW in place of Muon, learning rate 0.001": "without 14, rate 0.001",
             "AdamW in place of Muon, learning rate 0.002": "without 14, rate 0.002",
             "AdamW in place of Muon, learning rate 0.004": "without 14",
             "AdamW in place of Muon, learning rate 0.008": "without 14, rate 0.008"}
-    rows = [f"| {title} | {mean(name):.3f} |" for title, name in runs.items() if found(name)]
-    return ["| 300 steps | loss |", "|---|---|", *rows, ""] if rows[1:] else []
+    rows = [[title, *(f"{mean(name, iters):.3f}" for iters in (300, 1200))]
+            for title, name in runs.items()]
+    head = ["", "loss after 300 steps", "after 1,200 steps"]
+    return ["| " + " | ".join(row) + " |" for row in [head, ["---"] * 3, *rows]] + [""]
 
 
 def walk():

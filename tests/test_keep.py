@@ -15,7 +15,7 @@ from conftest import ROOT, TEXT, TINY, Quick, names, options, run
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork and SIGKILL")
 NUMBERS = {**TINY, "n_layer": 1, "batch_size": 8, "dropout": 0.2, "weight_decay": 0.1,
            "max_iters": 12, "eval_interval": 3, "save": "gpt.pt"}
-OVERFIT = NUMBERS | {"batch_size": 32, "dropout": 0, "weight_decay": 0, "max_iters": 100,
+OVERFIT = NUMBERS | {"batch_size": 32, "dropout": 0.1, "weight_decay": 0, "max_iters": 100,
                      "eval_interval": 5, "learning_rate": 0.02, "muon_lr": 0.1}
 LONG = NUMBERS | {"max_iters": 200, "eval_interval": 100}
 OTHER = TEXT[900::-1] + 'They paid "12.50" (or 34)\n'
@@ -334,6 +334,9 @@ def test_what_is_missing_or_does_not_fit_is_refused(script, whole, tmp_path):
         assert path in refused(script, tmp_path, load=path)
     for name, value in {"n_embd": 32, "n_layer": 2, "n_head": 1, "part": 1}.items():
         assert "gpt.pt" in refused(script, tmp_path, load="gpt.pt", **{name: value})
+    # Both parts have weights of the same names and shapes, which mean different things.
+    other = {"text_file": ROOT / "input.txt", "part": 1}
+    assert "gpt.pt" in refused(script, tmp_path, load="gpt.pt", **other)
     # An unfinished run must not go on with a text that it has not begun with.
     assert "text" in refused(ROOT / "gpt.py", tmp_path, load="gpt.pt", max_iters=14)
 

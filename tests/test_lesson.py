@@ -104,7 +104,7 @@ def test_a_step_changes_little(step):
     lines = steps.difference(step)
     title, count = steps.titles()[step], sum(line.startswith("@@") for line in lines)
     assert count <= 5
-    assert 0 < steps.lines_of(step) <= (30 if title == "Muon" else 26)
+    assert 0 < steps.lines_of(step) <= (33 if title == "Muon" else 26)
     assert code_of(steps.script(step)) != code_of(steps.script(step - 1))
 
 
@@ -136,8 +136,11 @@ def test_what_gpt_py_says_its_steps_are_worth():
         text = " ".join(steps.text_of(step).split())
         told = re.search(r"loss is (\S+) instead of (\S+)\.", text).groups()
         assert told == (f"{steps.mean(step):.2f}", f"{steps.mean(step - 1):.2f}"), step
+    told = re.search(r"the loss is (\S+) with four blocks instead of (\S+) with one\.",
+                     " ".join(steps.text_of(8).split())).groups()
+    assert told == (f"{steps.mean(8, 1200):.2f}", f"{steps.mean(7, 1200):.2f}")
     source = SOURCE["gpt.py"].replace("\n# ", " ")
-    told = re.search(r"together, from (\S+) to (\S+) after 300 steps", source).groups()
+    told = re.search(r"together, from (\S+) to (\S+)\.", source).groups()
     assert told == (f"{steps.mean(9):.2f}", f"{steps.mean(STEPS[-1]):.2f}")
 
 
@@ -145,7 +148,7 @@ def test_losses_fall_from_step_to_step():
     losses = [steps.results()[f"300/1337/{step}"][0] for step in STEPS]
     for step in STEPS[1:]:
         assert losses[step] < losses[step - 1] + 0.02, f"step {step}: {losses}"
-        assert steps.mean(step) < steps.mean(step - 1) + 0.04  # seeds of part one differ by 0.06
+        assert steps.mean(step) < steps.mean(step - 1) + 0.02, f"step {step}"
     assert json.loads(steps.MEASURED.read_text(encoding="utf-8"))
 
 

@@ -194,6 +194,13 @@ def test_prompts_from_the_keyboard(small_text, tmp_path):
     assert done.stdout.count("it knows these characters only") == 2
 
 
+@BOTH
+def test_a_prompt_is_continued_as_it_is(script, small_text, tmp_path):
+    done = run(ROOT / script, f"--text_file={small_text}", "--prompt= The \n", cwd=tmp_path)
+    answer = done.stdout.split("--- sample 1 of 1 ---\n")[1]
+    assert answer.startswith(" The \n") and len(answer) == len(" The \n") + 5 + 1
+
+
 def on_a_terminal(script, *args, cwd):
     """Run a script on a pseudo-terminal; return its status, all it wrote, and the lines it left."""
     pty = pytest.importorskip("pty")
