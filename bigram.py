@@ -24,7 +24,7 @@ import sys
 import time
 from pathlib import Path
 
-import requests
+import requests  # missing? python -m pip install torch numpy requests
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -312,8 +312,11 @@ def write(start, length, seed):
 # %% [markdown]
 # ## Training
 # One step: take a batch, compute the loss, let backpropagation find out how each
-# weight changes the loss, and move each weight a little the other way. "The run"
-# below does this `max_iters` times.
+# weight changes the loss, and move each weight a little the other way. The whole
+# training, further below, is this loop, with a look at the losses now and then:
+#
+#     for step in range(1, max_iters + 1):
+#         train_step(step)
 
 # %%
 def train_step(step):

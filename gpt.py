@@ -33,7 +33,7 @@ import zipfile  # Extra
 from contextlib import contextmanager  # Extra
 from pathlib import Path
 
-import requests
+import requests  # missing? python -m pip install torch numpy requests
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -335,7 +335,7 @@ class LanguageModel(nn.Module):
 # the *mean* of all vectors so far. For all positions at once, this is one product
 # of matrices, `equal_weights @ x`. Row t of `equal_weights` has equal numbers for
 # the positions 0 to t. It has 0 for the later ones, which must stay hidden: they
-# are what the model is to guess. (A plain mean helps little, because it says
+# are what the model is to guess. (A plain mean does not help yet, because it says
 # nothing about the order; but from here it is one step to attention.)
 
 # %%
@@ -477,10 +477,11 @@ class FeedForward(nn.Module):
 # also helps the training: a sum passes its gradient on to both sides unchanged.
 #
 # ## Step 7: LayerNorm
-# With every addition, the numbers in x can grow. A LayerNorm before each part
-# shifts and scales each vector, so that its numbers have mean 0 and variance 1 (and
-# then by two learned vectors, in case that is better). Whatever has been added
-# before, the part reads numbers of a steady size.
+# With every addition, the numbers in x can grow. So a LayerNorm stands before
+# attention, and one before feed-forward. It shifts and scales each vector, so that
+# its numbers have mean 0 and variance 1 (and then by two learned vectors, in case
+# that is better). Whatever has been added before, both read numbers of a steady
+# size.
 
 # %%
 class Block(nn.Module):
@@ -506,25 +507,26 @@ class Block(nn.Module):
 # It is the language model of Step 1, with better vectors.
 #
 # ## Step 8: depth
-# `n_layer` blocks in a row: what one block has found, the next one can build on. A
-# first one may put letters together to a word, and a second one look for the words
-# before it. This takes a longer training: after 300 steps there is no difference
-# yet, after 1,200 steps the loss is 1.81 with four blocks instead of 1.85 with one.
+# `n_layer` blocks in a row: what one block has found, the next one can build on.
+# The first block may combine letters into words, and the second one may look for
+# the words before. This takes a longer training: after 300 steps there is no
+# difference yet, after 1,200 steps the loss is 1.81 with four blocks instead of
+# 1.85 with one.
 #
-# A deep model is harder to train, so the last layer of each part begins at zero. At
-# first a block adds nothing but the biases of these layers, and the deep model is as
-# simple as a shallow one. (Can a layer of zeros learn? Yes: its gradient does not
-# depend on its own weights. It comes from what goes into the layer, and from the
-# layers after it. They must not all be zero: so in the very first step only `lm_head`
-# learns, and then the others follow.)
+# A deep model is harder to train, so the last layer of attention and that of
+# feed-forward begin at zero. At first a block adds nothing but the biases of these
+# layers, and the deep model is as simple as a shallow one. (Can a layer of zeros
+# learn? Yes: its gradient is not multiplied by its own weights. But a gradient
+# reaches a layer only through the later ones. `lm_head` is zero at first, so the
+# very first step changes only `lm_head`.)
 #
 # ## Step 9: dropout
 # A large model can learn a small text by heart. During training, dropout sets
 # vectors to 0, chosen at random (and scales the others up to make up for it), so
-# that the model never sees a passage the same way twice. Here it hides whole
-# characters. Most GPTs hide single numbers instead (`nn.Dropout`), inside the
-# blocks as well. On a CPU, the rate is 0, because the training is too short to learn
-# by heart. Try `--dropout=0.2` on a short text.
+# that the model never sees a passage the same way twice. Here it hides the whole
+# vector of a position (`nn.Dropout1d`). Most GPTs hide single numbers instead
+# (`nn.Dropout`), inside the blocks as well. On a CPU, the rate is 0, because the
+# training is too short to learn by heart. Try `--dropout=0.2` on a short text.
 
 # %%
 class GPT(LanguageModel):
@@ -554,7 +556,7 @@ class GPT(LanguageModel):
 
 # %%
 torch.manual_seed(seed)
-model = GPT(Block).to(device)  # before Step 2: LanguageModel()
+model = GPT(Block).to(device)  # Step 2: no longer LanguageModel()
 optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate)]  # one, or more
 
 # %% [markdown]
@@ -625,8 +627,11 @@ def write(start, length, seed):
 # %% [markdown]
 # ## Training
 # One step: take a batch, compute the loss, let backpropagation find out how each
-# weight changes the loss, and move each weight a little the other way. "The run"
-# below does this `max_iters` times.
+# weight changes the loss, and move each weight a little the other way. The whole
+# training, further below, is this loop, with a look at the losses now and then:
+#
+#     for step in range(1, max_iters + 1):
+#         train_step(step)
 #
 # (What names Step 15 is explained there. Pass over it for now.)
 
@@ -636,7 +641,7 @@ def train_step(step):
     inputs, targets = get_batch(step)
     model.train()          # Step 9: with dropout
     logits, loss = model(inputs, targets)
-    model.eval()           # Step 9: without it
+    model.eval()           # Step 9: all else is done without it
     model.zero_grad()      # forget the gradients of the step before
     loss.backward()        # find the gradient of the loss for every weight
 
@@ -656,9 +661,10 @@ def train_step(step):
 # trains it, if you say `--part=1`. None of the pieces of a model that follow is in
 # GPT-2. Each step brings one idea, most of them by replacing one method.
 #
-# The losses named below are those in validation, at the end of a training of 300
-# steps (`--max_iters=300`) with the numbers for a CPU. All six steps bring them,
-# together, from 2.14 to 1.58.
+# The losses named below are those in validation, after a training of 300 steps with
+# the numbers for a CPU. "Instead of" means: as it is without this step and all
+# later ones. (The README tells how to get a script for each step.) All six steps
+# bring the loss, together, from 2.14 to 1.58.
 #
 # ## Step 10: rotary positions
 # What counts for a score is how far apart two positions are, not where they stand.
@@ -666,9 +672,10 @@ def train_step(step):
 # their numbers in pairs: each pair is a hand of a clock. Turn it by an angle that
 # is the position times a speed. At a speed of 10 degrees, a query at position 7 is
 # turned by 70 degrees, and a key at position 5 by 50. The product of two hands
-# depends on their lengths, which stay as they are, and on the angle between them.
-# This changes by 20 degrees here, and just so at the positions 107 and 105. (Su et
-# al. 2021, arXiv:2104.09864) After 300 steps, the loss is 2.08 instead of 2.14.
+# depends on their lengths, which stay as they are, and on the angle between them,
+# which changes by 20 degrees here. At the positions 107 and 105, it is 20 degrees
+# again. (Su et al. 2021, arXiv:2104.09864) After 300 steps, the loss is 2.08
+# instead of 2.14.
 
 # %%
 turns = 10000 ** -torch.linspace(0, 1, n_embd // n_head // 2)  # (D/2,), 1 to 1/10000
@@ -709,9 +716,9 @@ class NormedHead(RotaryHead):
 
 # %% [markdown]
 # ## Step 12: squared ReLU
-# With the square of ReLU, a pattern that is half there counts a quarter: what is
-# clearly there stands out. (So et al. 2021, arXiv:2109.08668) After 300 steps, the
-# loss is 1.96 instead of 1.97.
+# The square of ReLU makes 0.25 of 0.5, and 4 of 2: what clearly matches a pattern
+# gains over what half matches it. (So et al. 2021, arXiv:2109.08668) After 300
+# steps, the loss is 1.96 instead of 1.97.
 
 # %%
 class SquaredFeedForward(FeedForward):
@@ -744,8 +751,8 @@ def shift(x):
 # %% [markdown]
 # ## The modern GPT
 # All pieces put together. Since queries and keys tell the positions, clocks are no
-# longer added. And these blocks do not begin at zero: the layers that `Block` has set
-# to zero are replaced by new ones (with Muon, that is better).
+# longer added. And these blocks do not begin at zero: the layers that `Block` has
+# set to zero are replaced by new ones (with Muon, that is better).
 
 # %%
 class ModernBlock(Block):
@@ -773,12 +780,12 @@ class ModernGPT(GPT):
 
 # %% [markdown]
 # ## Step 14: Muon
-# The gradient of a matrix says how each of its numbers should change. This change is
-# a sum of simple ones, each of the kind "where the input looks like this, move the
-# output like that". A few of them are strong, and many are weak, though just as
-# useful. Muon makes all of them equally strong, so that what is rare is learned as
-# well. (In the language of mathematics, these strengths are the *singular values* of
-# the change, and Muon sets nearly all of them to about 1.)
+# The gradient of a matrix says how each of its numbers should change. Any such
+# change is a sum of simple ones, each of the kind "where the input looks like this,
+# move the output like that". A few of them are strong, and many are weak, though
+# just as useful. Muon makes all of them equally strong, so that rare things are
+# learned too. (In the language of mathematics, these strengths are the *singular
+# values* of the change, and Muon sets nearly all of them to about 1.)
 #
 # How is that done? Take a number between 0.01 and 1, put it into this formula, put
 # the result in again, and so on:
@@ -786,11 +793,12 @@ class ModernGPT(GPT):
 # 3.4445 x - 4.7750 x^3 + 2.0315 x^5
 #
 # From 0.01 you get 0.03, 0.12, 0.40, 1.09, 0.70, and from wherever you start, five
-# rounds lead to a number between 0.7 and 1.1. Now let x be a matrix. The product of
-# x, x.T and x is made of the same simple changes, each with its strength to the power
-# of 3, as different ones give 0 with each other. So the same formula, in matrices,
-# does this to all strengths at once. (Jordan 2024, kellerjordan.github.io/posts/muon;
-# the three factors were found by search.)
+# rounds lead to a number between about 0.7 and 1.1. Now let x be a matrix. The
+# product of x, x.T and x is made of the same simple changes, each with its strength
+# to the power of 3: the products of two different ones are 0, as they are
+# perpendicular. So the same formula, in matrices, does this to all strengths at
+# once. (Jordan 2024, kellerjordan.github.io/posts/muon; the three factors were
+# found by search.)
 #
 # Muon adjusts the matrices in the blocks. All other weights are left to AdamW.
 # After 300 steps, the loss is 1.68 instead of 1.75.
@@ -823,13 +831,13 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             weights, lr = group["params"], group["lr"]
             gradients = torch.stack([weight.grad for weight in weights])
-            state = self.state[weights[0]]  # what is kept from step to step
+            state = self.state[weights[0]]
             mean = state.setdefault("mean", torch.zeros_like(gradients))
 
             # One batch tells little: take a running mean of the gradients of many
             # steps, where the newest counts 5%. In the change made now, it counts a
             # little more than in the mean that is kept (Nesterov's momentum).
-            mean.lerp_(gradients, 0.05)                     # (N, rows, columns)
+            mean.lerp_(gradients, 0.05)
             changes = equalize(mean.lerp(gradients, 0.05))  # (N, rows, columns)
 
             # Matrices with more rows than columns may change more (found by trial).
@@ -909,7 +917,7 @@ train_step = memory_in_plain_words()(train_step)
 # %%
 text_sha256 = hashlib.sha256(text.encode()).hexdigest()
 best, first_step = {"val_loss": math.inf}, 0
-ours = set()  # the files that this run may replace
+ours = set()  # files that this run may replace
 
 if checkpoint:
     named = "save" in given or save != "gpt.pt"
@@ -1046,7 +1054,8 @@ if torch.distributed.is_torchelastic_launched():
 # %%
 if device.startswith("cuda") and world == 1:
     torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
-    vars(model).pop("forward", None)  # in a notebook, this cell may run again
+    # In a notebook, this cell may run again: begin with what is not recorded.
+    vars(model).pop("forward", None)
     model.train()
     with autocast, memory_in_plain_words():
         model = torch.cuda.make_graphed_callables(model, get_batch(1))
@@ -1057,6 +1066,9 @@ if device.startswith("cuda") and world == 1:
 # ## The run
 # The training, step after step, with a look at the losses and a sample now and
 # then.
+#
+# (Extra: it begins after `first_step`, which is 0 or that of the checkpoint. It keeps
+# the best model, and stops at Ctrl-C.)
 
 # %%
 print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}")

@@ -1,6 +1,7 @@
 """The steps from bigram.py to gpt.py, one script each: to walk, to type, to run, to measure.
 
     python tests/steps.py --write=FOLDER   write 00_bigram.py, 01_embedding.py, ... into FOLDER
+    python tests/steps.py --write=FOLDER --bare   without options, download and checks: to type
     python tests/steps.py --show           list the steps with their losses
     python tests/steps.py --show=3         what changes in step 3
     python tests/steps.py --measure        train them all (--iters, --seeds, --jobs)
@@ -35,7 +36,7 @@ OWNERS = {"The block": 2, "The GPT": 2, "Part two: what has been found since": 1
 
 # How a line reads before the step: (as it stands in gpt.py, as it stood), each found just once.
 EDITS = {
-    2: [("model = GPT(Block).to(device)  # before Step 2: LanguageModel()",
+    2: [("model = GPT(Block).to(device)  # Step 2: no longer LanguageModel()",
          "model = LanguageModel().to(device)")],
     3: [("    def __init__(self):\n        super().__init__()\n        self.attention = Head()\n",
          ""),
@@ -58,6 +59,8 @@ EDITS = {
         ("if not finished:  # Extra\n    evaluate(first_step)\n    keep(first_step)\n",
          "first_step = 0\nevaluate(first_step)\n"),
         ("step == max_iters or stop:", "step == max_iters:"),
+        ("#\n# (Extra: it begins after `first_step`, which is 0 or that of the checkpoint. It "
+         "keeps\n# the best model, and stops at Ctrl-C.)\n", ""),
     ],
 }
 
@@ -86,6 +89,22 @@ WITHOUT["3 and 13"] = [
 WITHOUT["14, rate 0.001"] = [*WITHOUT[14], "--learning_rate=0.001"]
 WITHOUT["14, rate 0.002"] = [*WITHOUT[14], "--learning_rate=0.002"]
 WITHOUT["14, rate 0.008"] = [*WITHOUT[14], "--learning_rate=0.008"]
+
+# What a bare script does without: (a pattern, what stands in its place), each found just once.
+BARE = [
+    (r"(?<=Change them here), or on the command\n.*", "."),
+    (r"(?<=what shall the model continue\?) .*\nsamples = .*", ""),
+    (r"# %% \[markdown\]\n# ## Options\n[\s\S]*?(?=# %% \[markdown\]\n# ## The text)", ""),
+    (r" Where the file is missing, the\n# well-known one is downloaded\.|"
+     r" Where the file is missing, the well-known one is downloaded\.", ""),
+    (r"url = [\s\S]*?text = read_text\(\)", 'text = open(text_file, encoding="utf-8").read()'),
+    (r"if prompt != .*\n    parser.*\n", ""),
+    (r"if len\(val_data\) .*\n    parser.*\n.*\n", ""),
+    (r"    if not math.isfinite.*\n    .*\n", ""),
+    (r"began = time.*\n", ""),
+    (r"    if step % 10 == 0 [\s\S]*?end=.*\n", ""),
+    (r"for start in sys.stdin [\s\S]*", "write(prompt, max_new_tokens, seed)\n"),
+]
 
 
 def read(name):
@@ -175,6 +194,20 @@ def script(last):
     return re.sub(r"(\n    .*)\n\n\n(?=    )", r"\1\n\n", text)
 
 
+def bare(source):
+    """Return a script without options, download and checks, and what only these import."""
+    for pattern, new in BARE:
+        source, count = re.subn(pattern, lambda _: new, source)
+        if count != 1:
+            raise ValueError(f"{pattern!r} stands {count} times in the source")
+    kept, code = [], re.sub(r"(?m)(^|  )#.*", "", source)
+    for line in source.split("\n"):
+        name = re.match(r"(?:import|from) .*?(\w+)(  #.*)?$", line)
+        if not name or re.search(rf"\b{name[1]}\.\w", code):
+            kept.append(line)
+    return "\n".join(kept)
+
+
 def titles():
     """Return {number: title} of the steps, as gpt.py has them."""
     found = re.findall(r"(?m)^# ## Step (\d+): (.+)$", read("gpt.py"))
@@ -197,28 +230,37 @@ def file_name(last):
     return f"{last:02d}_{title}.py"
 
 
-def write_all(folder):
-    """Write the scripts of all steps into this folder."""
+def write_all(folder, form=str):
+    """Write the scripts of all steps into this folder, in this form (bare, or as they are)."""
     folder.mkdir(parents=True, exist_ok=True)
     for step in [0, *titles()]:
-        (folder / file_name(step)).write_text(script(step), encoding="utf-8")
+        (folder / file_name(step)).write_text(form(script(step)), encoding="utf-8")
         print(folder / file_name(step))
     shutil.copy(ROOT / "input.txt", folder)
 
 
 def difference(step):
-    """Return what changes in this step, as the lines of a diff without the docstrings."""
-    old, new = ([line for line in script(n).partition("# %%\n")[2].split("\n")]
+    """Return what changes in the code in this step, as the lines of a diff."""
+    old, new = ([line for is_text, lines in cells(script(n)) if not is_text for line in lines]
                 for n in (step - 1, step))
     return list(difflib.unified_diff(old, new, lineterm=""))[2:]
 
 
-def text_of(step):
-    """Return the text section of a step, as gpt.py has it, in paragraphs."""
-    for is_text, lines in cells(read("gpt.py")):
+def text_below(heading, name="gpt.py"):
+    """Return the text section with this heading, in paragraphs."""
+    for is_text, lines in cells(read(name)):
         for part in sections(lines) if is_text else []:
-            if part[0].startswith(f"# ## Step {step}:"):
+            if part[0].strip("# ").startswith(heading):
                 return re.sub(r"(?m)^# ?", "", "\n".join(part[1:])).strip()
+
+
+def text_of(step):
+    """Return the text of a step, as gpt.py has it, in paragraphs."""
+    also = {2: "The block", 10: "The modern GPT"}  # a heading of its own comes with these
+    text = text_below(f"Step {step}:")
+    if step in also:
+        text += f"\n\n**{also[step]}.** {text_below(also[step])}"
+    return text
 
 
 def lines_of(step):
@@ -352,7 +394,9 @@ def worth():
 
 def walk():
     """Return the steps one by one: text, losses, two lines of sample, the difference."""
-    out = []
+    out = ["### Step 0: a table", "", text_below("What a language model does", "bigram.py"), "",
+           text_below("The model: a table", "bigram.py"), "",
+           f"Loss: **{mean(0):.3f}**. It writes:", "", "```", sample_of(0), "```", ""]
     for step, title in titles().items():
         out += [f"### Step {step}: {title}", "", text_of(step), "",
                 f"Loss: {mean(step - 1):.3f} before, **{mean(step):.3f}** after. It writes:", "",
@@ -382,6 +426,7 @@ def main():
     """Do what the options say."""
     parser = argparse.ArgumentParser(description="The steps from bigram.py to gpt.py.")
     parser.add_argument("--write", metavar="FOLDER", type=Path, help="write all scripts there")
+    parser.add_argument("--bare", action="store_true", help="... without options and checks")
     parser.add_argument("--show", metavar="N", type=int, nargs="?", const=-1,
                         help="print what changes in step N; without N, list the steps")
     parser.add_argument("--measure", action="store_true", help="train every step, and the "
@@ -395,7 +440,7 @@ def main():
     if args.show is not None and args.show not in (-1, *titles()):
         parser.error(f"--show={args.show}: the steps are 1 to {max(titles())}")
     if args.write:
-        write_all(args.write)
+        write_all(args.write, bare if args.bare else str)
     if args.show is not None:
         show(None if args.show == -1 else args.show)
     if args.measure:

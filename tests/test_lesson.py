@@ -97,6 +97,19 @@ def test_every_step_is_a_script_that_runs(step, tmp_path):
     assert len(re.findall(r"(?m)^step [02]: train loss \d", done.stdout)) == 2
     answer = done.stdout.split("--- sample 1 of 1 ---\n")[1]
     assert answer.startswith("The") and len(answer) == 3 + 9 + 1
+    # The bare script has no options, and the same losses and sample.
+    source = steps.bare(source)
+    for number in ("block_size = 8", "max_iters = 2", "eval_interval = 2", "max_new_tokens = 9",
+                   'text_file = "text.txt"', 'prompt = "The"'):
+        source, count = re.subn(rf"(?m)^{number.split()[0]} = \S+", number, source)
+        assert count == 1
+    (tmp_path / name).write_text(source, encoding="utf-8")
+    lint = subprocess.run([sys.executable, "-m", "ruff", "check", "--select", "F", name],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert lint.returncode == 0, lint.stdout
+    bare = Quick(tmp_path / name, cwd=tmp_path, tiny=False).end()
+    assert bare.status == 0 and "parser" not in source, bare.stderr
+    assert bare.stdout == done.stdout.replace("--- sample 1 of 1 ---\n", "")
 
 
 @pytest.mark.parametrize("step", STEPS[1:])
