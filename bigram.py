@@ -44,7 +44,7 @@ max_iters = 1200         # training steps: how often are the weights adjusted?
 eval_interval = 300      # how many steps from one evaluation to the next?
 prompt = ""              # what shall the model continue? (-: what you type)
 samples = 1              # how many continuations?
-max_new_tokens = 500     # how many characters does each have?
+max_new_tokens = 500     # how many characters shall it write?
 temperature = 0.8        # below 1 keeps to likely characters, above 1 dares more
 top_k = 0                # draw from the k likeliest characters only (0: from all)
 learning_rate = 0.05     # how far does one step go?
@@ -182,7 +182,7 @@ starts = []  # where the pieces begin, in the order in which they are dealt
 
 def get_batch(step):
     """Return the inputs and the targets of this step (1, 2, ...), both (B, T)."""
-    while len(starts) < step * batch_size:  # too few are left: cut anew, and shuffle
+    while len(starts) < step * batch_size:  # too few: cut anew, and shuffle
         offset = torch.randint(block_size, (1,), generator=chance)
         shuffled = cuts[torch.randperm(len(cuts), generator=chance)]
         starts.extend((shuffled + offset).tolist())

@@ -53,7 +53,7 @@ max_iters = 1200         # training steps: how often are the weights adjusted?
 eval_interval = 300      # how many steps from one evaluation to the next?
 prompt = ""              # what shall the model continue? (-: what you type)
 samples = 1              # how many continuations?
-max_new_tokens = 500     # how many characters does each have?
+max_new_tokens = 500     # how many characters shall it write?
 temperature = 0.8        # below 1 keeps to likely characters, above 1 dares more
 top_k = 0                # draw from the k likeliest characters only (0: from all)
 learning_rate = 0.004    # how far does one step of AdamW go? (Step 1)
@@ -261,7 +261,7 @@ starts = []  # where the pieces begin, in the order in which they are dealt
 
 def get_batch(step):
     """Return the inputs and the targets of this step (1, 2, ...), both (B, T)."""
-    while len(starts) < step * batch_size:  # too few are left: cut anew, and shuffle
+    while len(starts) < step * batch_size:  # too few: cut anew, and shuffle
         offset = torch.randint(block_size, (1,), generator=chance)
         shuffled = cuts[torch.randperm(len(cuts), generator=chance)]
         starts.extend((shuffled + offset).tolist())
@@ -474,14 +474,15 @@ class FeedForward(nn.Module):
 # ## The block
 # A block does not replace the vector x by what it has found. It *adds* it to x,
 # which is called a *residual connection*. So what x already knows is not lost. It
-# also helps the training: a sum passes its gradient on to both sides unchanged.
+# also helps the training: what the loss asks for (the gradient) passes through a
+# sum unchanged.
 #
 # ## Step 7: LayerNorm
 # With every addition, the numbers in x can grow. So a LayerNorm stands before
-# attention, and one before feed-forward. It shifts and scales each vector, so that
-# its numbers have mean 0 and variance 1 (and then by two learned vectors, in case
-# that is better). Whatever has been added before, both read numbers of a steady
-# size.
+# attention, one before feed-forward, and one before `lm_head`. It shifts and scales
+# each vector, so that its numbers have mean 0 and variance 1. (Then it multiplies
+# by one learned vector, and adds another, in case that is better.) Whatever has
+# been added before, what follows reads numbers of a steady size.
 
 # %%
 class Block(nn.Module):
@@ -516,9 +517,9 @@ class Block(nn.Module):
 # A deep model is harder to train, so the last layer of attention and that of
 # feed-forward begin at zero. At first a block adds nothing but the biases of these
 # layers, and the deep model is as simple as a shallow one. (Can a layer of zeros
-# learn? Yes: its gradient is not multiplied by its own weights. But a gradient
-# reaches a layer only through the later ones. `lm_head` is zero at first, so the
-# very first step changes only `lm_head`.)
+# learn? Yes: its gradient depends on its input and on the layers after it, not on
+# its own weights. But `lm_head`, the last of all, is zero at first as well, so in
+# the very first step, only `lm_head` learns.)
 #
 # ## Step 9: dropout
 # A large model can learn a small text by heart. During training, dropout sets
@@ -526,7 +527,7 @@ class Block(nn.Module):
 # that the model never sees a passage the same way twice. Here it hides the whole
 # vector of a position (`nn.Dropout1d`). Most GPTs hide single numbers instead
 # (`nn.Dropout`), inside the blocks as well. On a CPU, the rate is 0, because the
-# training is too short to learn by heart. Try `--dropout=0.2` on a short text.
+# training is too short to learn by heart. Try a rate of 0.2 on a short text.
 
 # %%
 class GPT(LanguageModel):
@@ -556,7 +557,7 @@ class GPT(LanguageModel):
 
 # %%
 torch.manual_seed(seed)
-model = GPT(Block).to(device)  # Step 2: no longer LanguageModel()
+model = GPT(Block).to(device)  # a GPT from Step 2 on
 optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate)]  # one, or more
 
 # %% [markdown]
@@ -662,20 +663,20 @@ def train_step(step):
 # GPT-2. Each step brings one idea, most of them by replacing one method.
 #
 # The losses named below are those in validation, after a training of 300 steps with
-# the numbers for a CPU. "Instead of" means: as it is without this step and all
-# later ones. (The README tells how to get a script for each step.) All six steps
-# bring the loss, together, from 2.14 to 1.58.
+# the numbers for a CPU. Each step names two of them: with all steps up to this one,
+# and with those before it only. (The README tells how to get a script for each
+# step.) All six steps bring the loss, together, from 2.14 to 1.58.
 #
 # ## Step 10: rotary positions
-# What counts for a score is how far apart two positions are, not where they stand.
-# So do not add clocks to the vectors; *turn* the queries and keys themselves. Take
-# their numbers in pairs: each pair is a hand of a clock. Turn it by an angle that
-# is the position times a speed. At a speed of 10 degrees, a query at position 7 is
-# turned by 70 degrees, and a key at position 5 by 50. The product of two hands
-# depends on their lengths, which stay as they are, and on the angle between them,
-# which changes by 20 degrees here. At the positions 107 and 105, it is 20 degrees
-# again. (Su et al. 2021, arXiv:2104.09864) After 300 steps, the loss is 2.08
-# instead of 2.14.
+# As far as positions matter, it is their distance that should count, not where they
+# stand. So do not add clocks to the vectors; *turn* the queries and keys
+# themselves. Take their numbers in pairs: each pair is a hand of a clock. Turn it
+# by an angle that is the position times a speed. At a speed of 10 degrees, a query
+# at position 7 is turned by 70 degrees, and a key at position 5 by 50. The product
+# of two hands depends on their lengths, which stay as they are, and on the angle
+# between them. The turning changes this angle by 20 degrees here, and at the
+# positions 107 and 105 by 20 degrees again. (Su et al. 2021, arXiv:2104.09864)
+# After 300 steps, the loss is 2.08 instead of 2.14.
 
 # %%
 turns = 10000 ** -torch.linspace(0, 1, n_embd // n_head // 2)  # (D/2,), 1 to 1/10000
@@ -716,8 +717,8 @@ class NormedHead(RotaryHead):
 
 # %% [markdown]
 # ## Step 12: squared ReLU
-# The square of ReLU makes 0.25 of 0.5, and 4 of 2: what clearly matches a pattern
-# gains over what half matches it. (So et al. 2021, arXiv:2109.08668) After 300
+# The square of ReLU makes 0.25 of 0.5, and 4 of 2: strong matches of a pattern get
+# stronger, and weak ones weaker. (So et al. 2021, arXiv:2109.08668) After 300
 # steps, the loss is 1.96 instead of 1.97.
 
 # %%
@@ -781,19 +782,20 @@ class ModernGPT(GPT):
 # %% [markdown]
 # ## Step 14: Muon
 # The gradient of a matrix says how each of its numbers should change. Any such
-# change is a sum of simple ones, each of the kind "where the input looks like this,
-# move the output like that". A few of them are strong, and many are weak, though
-# just as useful. Muon makes all of them equally strong, so that rare things are
-# learned too. (In the language of mathematics, these strengths are the *singular
-# values* of the change, and Muon sets nearly all of them to about 1.)
+# change is a sum of simple ones, perpendicular to each other, each of the kind
+# "where the input looks like this, move the output like that". A few of them are
+# strong, and many are weak, though often just as useful. Muon makes all of them
+# equally strong, so that rare things are learned too. (In the language of
+# mathematics, these strengths are the *singular values* of the change, and Muon
+# sets nearly all of them to about 1.)
 #
 # How is that done? Take a number between 0.01 and 1, put it into this formula, put
 # the result in again, and so on:
 #
 # 3.4445 x - 4.7750 x^3 + 2.0315 x^5
 #
-# From 0.01 you get 0.03, 0.12, 0.40, 1.09, 0.70, and from wherever you start, five
-# rounds lead to a number between about 0.7 and 1.1. Now let x be a matrix. The
+# From 0.01 you get 0.03, 0.12, 0.40, 1.09, 0.70, and from anywhere in that range,
+# five rounds lead to a number between about 0.7 and 1.1. Now let x be a matrix. The
 # product of x, x.T and x is made of the same simple changes, each with its strength
 # to the power of 3: the products of two different ones are 0, as they are
 # perpendicular. So the same formula, in matrices, does this to all strengths at
@@ -835,14 +837,16 @@ class Muon(torch.optim.Optimizer):
             mean = state.setdefault("mean", torch.zeros_like(gradients))
 
             # One batch tells little: take a running mean of the gradients of many
-            # steps, where the newest counts 5%. In the change made now, it counts a
-            # little more than in the mean that is kept (Nesterov's momentum).
+            # steps, where the newest counts 5%. In the change made now, it counts
+            # nearly twice as much (Nesterov's momentum).
             mean.lerp_(gradients, 0.05)
             changes = equalize(mean.lerp(gradients, 0.05))  # (N, rows, columns)
 
             # Matrices with more rows than columns may change more (found by trial).
             rows, columns = weights[0].shape
             changes *= max(1, rows / columns) ** 0.5
+
+            # Pull each weight slightly to zero (weight decay), then change it.
             for weight, change in zip(weights, changes):
                 weight.mul_(1 - lr * weight_decay)
                 weight.sub_(lr * change)
@@ -1067,8 +1071,8 @@ if device.startswith("cuda") and world == 1:
 # The training, step after step, with a look at the losses and a sample now and
 # then.
 #
-# (Extra: it begins after `first_step`, which is 0 or that of the checkpoint. It keeps
-# the best model, and stops at Ctrl-C.)
+# (Extra: it begins after `first_step`, which is 0 or that of the checkpoint. It
+# keeps the best model, and stops at Ctrl-C.)
 
 # %%
 print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}")

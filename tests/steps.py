@@ -36,7 +36,7 @@ OWNERS = {"The block": 2, "The GPT": 2, "Part two: what has been found since": 1
 
 # How a line reads before the step: (as it stands in gpt.py, as it stood), each found just once.
 EDITS = {
-    2: [("model = GPT(Block).to(device)  # Step 2: no longer LanguageModel()",
+    2: [("model = GPT(Block).to(device)  # a GPT from Step 2 on",
          "model = LanguageModel().to(device)")],
     3: [("    def __init__(self):\n        super().__init__()\n        self.attention = Head()\n",
          ""),
@@ -59,8 +59,8 @@ EDITS = {
         ("if not finished:  # Extra\n    evaluate(first_step)\n    keep(first_step)\n",
          "first_step = 0\nevaluate(first_step)\n"),
         ("step == max_iters or stop:", "step == max_iters:"),
-        ("#\n# (Extra: it begins after `first_step`, which is 0 or that of the checkpoint. It "
-         "keeps\n# the best model, and stops at Ctrl-C.)\n", ""),
+        ("#\n# (Extra: it begins after `first_step`, which is 0 or that of the checkpoint. It\n"
+         "# keeps the best model, and stops at Ctrl-C.)\n", ""),
     ],
 }
 
@@ -404,8 +404,8 @@ def walk():
                 f"<details><summary>The difference ({lines_of(step)} lines of code)</summary>",
                 "", "```diff", *difference(step), "```", "", "</details>", ""]
         if step in (9, max(titles())):
-            what = "a GPT" if step == 9 else "the whole"
-            out += [f"**Here stands {what}.** After these 300 steps it writes, from a line's end:",
+            what = "a complete GPT" if step == 9 else "the whole"
+            out += [f"**This is {what}.** More of what it writes after these 300 steps:",
                     "", "```", results().get(f"300/1337/{step}", ("", ""))[1].strip(), "```", ""]
     return out
 
