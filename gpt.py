@@ -659,7 +659,7 @@ def train_step(step):
 # Here stands a GPT: GPT-2 of 2019 is made in this way, only much larger. (It has
 # GELU, a smoother ReLU; a learned table of positions; and one matrix for both
 # embedding and `lm_head`.) You can stop here. The cell "The run" near the end
-# trains it, if you say `--part=1`. None of the pieces of a model that follow is in
+# trains it with `part = 1`. None of the pieces of a model that follow is in
 # GPT-2. Each step brings one idea, most of them by replacing one method.
 #
 # The losses named below are those in validation, after a training of 300 steps with
@@ -1053,16 +1053,19 @@ if torch.distributed.is_torchelastic_launched():
 # ## Extra: a recording for the GPU
 # A model of this size is computed faster than Python can say what to compute. So on
 # a GPU, the way through the model and back is recorded once, and then played again
-# in each step.
+# in each step. (In a notebook, run this cell again after a change further up.)
 
 # %%
-if device.startswith("cuda") and world == 1:
+if device == "cuda" and not (finished or torch.distributed.is_torchelastic_launched()):
     torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
-    # In a notebook, this cell may run again: begin with what is not recorded.
+    # What the recording reads must stay in memory. An earlier recording must go.
+    recorded = may_see, positions, cos, sin
     vars(model).pop("forward", None)
+
     model.train()
     with autocast, memory_in_plain_words():
         model = torch.cuda.make_graphed_callables(model, get_batch(1))
+    model.eval()
 
 # %% [markdown]
 # # Running it

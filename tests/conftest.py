@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # so that two runs compute alike, to the last bit
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all tests are of what a CPU does
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "input.txt").read_text(encoding="utf-8")
 TINY = {"n_embd": 16, "n_head": 2, "n_layer": 2, "block_size": 16, "batch_size": 4, "max_iters": 0,

@@ -196,6 +196,7 @@ def script(last):
 
 def bare(source):
     """Return a script without options, download and checks, and what only these import."""
+    source = re.sub(r"(?m)^    python bigram\.py .*\n", "", source)  # bigram.py says its options
     for pattern, new in BARE:
         source, count = re.subn(pattern, lambda _: new, source)
         if count != 1:
@@ -308,12 +309,12 @@ def found(name, iters=300):
 
 def measure(iters, seeds, jobs, only):
     """Train all variants that have not been trained yet; go on where a run was cut off."""
-    lock, runs = Lock(), variants()
+    lock, runs, done_before = Lock(), variants(), results()
 
     def train(work):
         seed, name = work
         key = f"{iters}/{seed}/{name}"
-        if key in results():
+        if key in done_before:
             return
         source, options = runs[name]
         with tempfile.TemporaryDirectory() as folder:
@@ -325,7 +326,8 @@ def measure(iters, seeds, jobs, only):
                 capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         losses = re.findall(r"(?m)^step \d+: train loss \S+, val loss (\S+)", done.stdout)
         if done.returncode or not losses:
-            raise RuntimeError(f"{key}: {done.stderr or done.stdout}")
+            print(f"{key} has failed: {done.stderr or done.stdout}", flush=True)
+            return
         sample = done.stdout.split("--- sample 1 of 1 ---\n")[1]
         with lock:
             MEASURED.write_text(json.dumps({**results(), key: [float(losses[-1]), sample]},
@@ -386,8 +388,8 @@ def worth():
             "AdamW in place of Muon, learning rate 0.002": "without 14, rate 0.002",
             "AdamW in place of Muon, learning rate 0.004": "without 14",
             "AdamW in place of Muon, learning rate 0.008": "without 14, rate 0.008"}
-    rows = [[title, *(f"{mean(name, iters):.3f}" for iters in (300, 1200))]
-            for title, name in runs.items()]
+    rows = [[title, *(f"{mean(name, iters):.3f}" if found(name, iters) else ""
+                      for iters in (300, 1200))] for title, name in runs.items()]
     head = ["", "loss after 300 steps", "after 1,200 steps"]
     return ["| " + " | ".join(row) + " |" for row in [head, ["---"] * 3, *rows]] + [""]
 
