@@ -301,10 +301,16 @@ def results():
     return json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.exists() else {}
 
 
+def by_seed(name, iters=300):
+    """Return {seed: loss} as measured for a step, or for "without N"."""
+    keys = {key: key.split("/") for key in sorted(results())}
+    return {seed: results()[key][0] for key, (count, seed, what) in keys.items()
+            if (count, what) == (str(iters), str(name))}
+
+
 def found(name, iters=300):
-    """Return the losses measured for a step, or "without N", over all seeds."""
-    return [loss for key, (loss, _) in sorted(results().items())
-            if key.split("/")[0] == str(iters) and key.split("/")[2] == str(name)]
+    """Return the losses measured for a step, or for "without N", over all seeds."""
+    return list(by_seed(name, iters).values())
 
 
 def measure(iters, seeds, jobs, only):
@@ -373,9 +379,10 @@ def table():
         change = f"{mean(step) - mean(step - 1):+.3f}" if step else ""
         row = [step, title, lines_of(step) if step else "", f"{mean(step):.3f}", change]
         for iters in names.values():
-            loss = mean(f"without {step}", iters)
-            more = loss - mean(max(titles()), iters)
-            row.append(f"{loss:.3f} ({more:+.3f})" if math.isfinite(more) else "")
+            whole, without = by_seed(max(titles()), iters), by_seed(f"without {step}", iters)
+            more = [loss - whole[seed] for seed, loss in without.items() if seed in whole]
+            row.append(f"{mean(f'without {step}', iters):.3f} ({sum(more) / len(more):+.3f})"
+                       if more else "")
         rows.append("| " + " | ".join(map(str, row)) + " |")
     return [*rows, ""]
 
