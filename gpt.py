@@ -8,11 +8,12 @@ The whole machine: characters -> ids -> vectors (embedding) -> blocks, each atte
 (look back) and feed-forward (think) -> a score for every character that may come next
 -> draw one, append it, repeat.
 
-On a first reading, begin at "The text", stop where part one ends, and look at "The run"
-near the end: this is a complete GPT, and its training. Part two is what has been found
-since. What is called "Extra" teaches nothing about GPTs, and `parser.error` just ends
-the script with a message. bigram.py is this script with the simplest model there is,
-and each "Step" is one idea on the way from there to here.
+On a first reading, look at the hyperparameters, go on at "The text", stop where part
+one ends, and look at "The run" near the end: this is a complete GPT, and its training.
+Part two is what has been found since. What is called "Extra" teaches nothing about
+GPTs, and `parser.error` just ends the script with a message. bigram.py is this script
+with the simplest model there is, and each "Step" is one idea on the way from there to
+here.
 
 Shapes in comments: B batch_size, T time (up to block_size), C n_embd, D head size
 (C / n_head), V vocab_size.
@@ -878,8 +879,8 @@ if part == 2:
 # What makes the script of use, and teaches nothing about GPTs: skip to "The run".
 #
 # ## Extra: bf16
-# Where the processor has units for numbers of 16 bits (bfloat16), matrix products
-# take half the time or less with them, and the loss is the same.
+# Where the processor has units for numbers of 16 bits (bfloat16), matrix products are
+# faster with them, and the loss is nearly the same.
 
 # %%
 if device.startswith("cuda"):
@@ -1058,10 +1059,11 @@ if torch.distributed.is_torchelastic_launched():
 # %%
 if device == "cuda" and not (finished or torch.distributed.is_torchelastic_launched()):
     torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
-    # What the recording reads must stay in memory. An earlier recording must go.
+    # The recording goes on reading these, so they must stay in memory.
     recorded = may_see, positions, cos, sin
-    vars(model).pop("forward", None)
 
+    # In a notebook, a recording made before is dropped.
+    vars(model).pop("forward", None)
     model.train()
     with autocast, memory_in_plain_words():
         model = torch.cuda.make_graphed_callables(model, get_batch(1))
