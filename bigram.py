@@ -59,7 +59,7 @@ learning_rate = 0.05     # how far does one step go?
 script = Path(vars().get("__file__", "notebook"))
 parser = argparse.ArgumentParser(script.name, argparse.SUPPRESS, allow_abbrev=False,
                                  argument_default=argparse.SUPPRESS)
-given = {}
+given, glosses = {}, {}
 if __name__ == "__main__" and Path(sys.argv[0]).name in script.parts:  # no notebook
     # What --help says of an option is its comment in the cell above.
     source = inspect.getsource(sys.modules["__main__"]).split("## Options")[0]
@@ -77,11 +77,14 @@ if __name__ == "__main__" and Path(sys.argv[0]).name in script.parts:  # no note
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head`: none either
 
-for name, value in given.items():
+vars().update(given)
+for name in glosses:
+    value = vars()[name]
     least = 1 if name.startswith("n_") or name.endswith(("_size", "_interval")) else 0
+    if (least or name.startswith("max_")) and type(value) is not int:
+        parser.error(f"{name}={value!r} should be a whole number, such as 100")
     if type(value) is not str and not least <= value < 2**31:
         parser.error(f"{name}={value} should be at least {least}, and below 2**31")
-vars().update(given)
 
 for stream in (sys.stdin, sys.stdout):
     if hasattr(stream, "reconfigure"):

@@ -82,7 +82,7 @@ gpu_preset = {"batch_size": 16, "max_iters": 2000, "eval_interval": 400, "n_embd
 script = Path(vars().get("__file__", "notebook"))
 parser = argparse.ArgumentParser(script.name, argparse.SUPPRESS, allow_abbrev=False,
                                  argument_default=argparse.SUPPRESS)
-given = {}
+given, glosses = {}, {}
 if __name__ == "__main__" and Path(sys.argv[0]).name in script.parts:  # no notebook
     # What --help says of an option is its comment in the cell above.
     source = inspect.getsource(sys.modules["__main__"]).split("## Options")[0]
@@ -100,14 +100,17 @@ if __name__ == "__main__" and Path(sys.argv[0]).name in script.parts:  # no note
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head`: none either
 
-for name, value in given.items():
-    least = 1 if name.startswith("n_") or name.endswith(("_size", "_interval")) else 0
-    if type(value) is not str and not least <= value < 2**31:
-        parser.error(f"{name}={value} should be at least {least}, and below 2**31")
-as_written = {k: v for k, v in vars().items() if type(v) in (int, float)}  # Extra
+in_cell = {k: v for k, v in vars().items() if type(v) in (int, float)}  # Extra
 if "cuda" in given.get("device", device):  # Extra
     vars().update(gpu_preset)
 vars().update(given)
+for name in glosses:
+    value = vars()[name]
+    least = 1 if name.startswith("n_") or name.endswith(("_size", "_interval")) else 0
+    if (least or name.startswith("max_")) and type(value) is not int:
+        parser.error(f"{name}={value!r} should be a whole number, such as 100")
+    if type(value) is not str and not least <= value < 2**31:
+        parser.error(f"{name}={value} should be at least {least}, and below 2**31")
 
 for stream in (sys.stdin, sys.stdout):
     if hasattr(stream, "reconfigure"):
@@ -126,8 +129,9 @@ except Exception as error:
 SETTINGS = ["part", "block_size", "n_embd", "n_head", "n_layer", "seed", "batch_size",
             "max_iters", "eval_interval", "max_new_tokens", "temperature", "top_k",
             "learning_rate", "dropout", "muon_lr", "weight_decay"]
-PARTS = {"settings", "block", "model", "optimizers", "step", "best", "losses", "chars",
-         "excerpt", "text_sha256"}
+as_written = {name: [in_cell[name], gpu_preset.get(name)] for name in SETTINGS}
+PARTS = {"settings", "as_written", "model", "optimizers", "step", "best", "losses",
+         "chars", "excerpt", "text_sha256"}
 
 
 def read_checkpoint(path):
@@ -138,7 +142,7 @@ def read_checkpoint(path):
         damaged = zipfile.ZipFile(path).testzip()  # the name of a part, or None
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not damaged and set(checkpoint) == PARTS:
-            names = [list(checkpoint["settings"]), list(checkpoint["block"])]
+            names = [list(checkpoint["settings"]), list(checkpoint["as_written"])]
             numbers = [*map(torch.tensor, checkpoint["settings"].values()),
                        *checkpoint["best"]["weights"].values()]
             if names == 2 * [SETTINGS] and all(n.isfinite().all() for n in numbers):
@@ -151,13 +155,17 @@ def read_checkpoint(path):
 checkpoint = read_checkpoint(load) if load else None
 if checkpoint:
     for name, value in checkpoint["settings"].items():
-        if name not in given and as_written[name] == checkpoint["block"][name]:
+        if name not in given and as_written[name] == checkpoint["as_written"][name]:
             vars()[name] = value
 another_text = "text_file" in given or text_file != "input.txt"
 finished = checkpoint and checkpoint["step"] >= max_iters and not another_text
 
+# Of several processes (torchrun), each has its own GPU, and only the first one speaks.
 if "cuda" in device:
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # for torchrun
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+if torch.distributed.is_torchelastic_launched() and os.environ["RANK"] != "0":
+    sys.stdout, sys.stdin = open(os.devnull, "w"), open(os.devnull)
+
 if part not in (1, 2):
     parser.error(f"{part=} should be 1 or 2")
 if n_embd % 4 or n_embd % (2 * n_head):
@@ -970,7 +978,7 @@ def keep(step):
     try:
         torch.save({
             "settings": {name: globals()[name] for name in SETTINGS},
-            "block": {name: as_written[name] for name in SETTINGS},
+            "as_written": as_written,
             "model": model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "step": step, "best": best, "losses": losses, "chars": chars,
@@ -1043,9 +1051,6 @@ if torch.distributed.is_torchelastic_launched():
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     if batch_size % world:
         parser.error(f"{batch_size=} should be a multiple of {world} processes")
-    if rank:
-        sys.stdout = open(os.devnull, "w")  # the first one speaks for all
-        sys.stdin = open(os.devnull)        # ... and listens
     torch.distributed.init_process_group()
     model.register_forward_pre_hook(take_share)
     optimizers[0].register_step_pre_hook(average_gradients)

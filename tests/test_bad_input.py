@@ -101,6 +101,22 @@ def test_one_line_and_status_2(args, line, folder):
     assert re.fullmatch(line, complaint(folder, *args.split(" ")))
 
 
+@pytest.mark.parametrize("script", ["gpt.py", "bigram.py"])
+@pytest.mark.parametrize("name, value, line", [
+    ("max_iters", "1e3", "max_iters=1000.0 should be a whole number.*"),
+    ("block_size", '"64"', "block_size='64' should be a whole number.*"),
+    ("batch_size", "8.5", "batch_size=8.5 should be a whole number.*"),
+    ("eval_interval", "0", "eval_interval=0 should be at least 1.*"),
+    ("temperature", "-1", "temperature=-1 should be at least 0.*")])
+def test_wrong_numbers_written_into_the_script(script, name, value, line, tmp_path):
+    source = (ROOT / script).read_text(encoding="utf-8")
+    source, count = re.subn(rf"(?m)^{name} = \S+", f"{name} = {value}", source)
+    (tmp_path / script).write_text(source, encoding="utf-8")
+    run = Quick(tmp_path / script, cwd=tmp_path, tiny=False).end()
+    assert count == 1 and (run.status, run.stdout) == (2, "")
+    assert re.fullmatch(rf"{script}: error: {line}\n", run.stderr), run.stderr
+
+
 @pytest.mark.parametrize("args", ["--n_layer=3", "--batch_sizes=3", "--max_iters=2.5",
                                   "--text_file=empty.txt", "--prompt=\N{SNOWMAN}"])
 def test_bigram_complains_as_well(args, folder):

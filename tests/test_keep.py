@@ -280,6 +280,19 @@ def test_a_model_made_on_a_gpu_is_loaded_on_a_cpu(script, whole, tmp_path):
     assert finish(script, tmp_path, load="gpt.pt").sample == whole.sample
 
 
+def test_what_is_changed_in_the_numbers_for_a_gpu_counts_as_given(script, tmp_path):
+    """On what it takes for a GPU, as above; the numbers that have not changed are the file's."""
+    play = [('"cuda" in given', '"cpu" in given'), ("torch.cuda.set_device", "str"),
+            ('"n_embd": 384', '"n_embd": 32'), ('"n_layer": 6', '"n_layer": 1')]
+    gpu = edited(script, tmp_path / "a", *play, ('"max_iters": 2000', '"max_iters": 2'))
+    first = finish(gpu, tmp_path, block_size=16, eval_interval=2)
+    more = edited(script, tmp_path / "b", *play, ('"max_iters": 2000', '"max_iters": 4'))
+    done = finish(more, tmp_path, load="gpt.pt", max_new_tokens=9)
+    changed = {"max_iters": 4, "max_new_tokens": 9}
+    assert done.kept["settings"] == first.kept["settings"] | changed
+    assert list(done.losses) == [2, 4]
+
+
 def test_an_earlier_model_is_moved_and_named(script, whole, overfit, tmp_path):
     shutil.copy(overfit.path, tmp_path)
     for number in (1, 2):
@@ -316,7 +329,7 @@ def spoil(kind, source, path):
 # brings a warning of torch.
 @pytest.mark.parametrize("kind", [
     "flipped", "truncated", "empty", "text", "pickle", "nan", "code", "setting", "tensor",
-    "settings", "block", "model", "optimizers", "step", "best", "losses", "chars", "excerpt",
+    "settings", "as_written", "model", "optimizers", "step", "best", "losses", "chars", "excerpt",
     "text_sha256"])  # from settings on: this part is missing
 def test_what_is_no_checkpoint_is_refused_in_one_line(script, whole, tmp_path, kind):
     """To be loaded, or to be replaced: it is left as it is, and its code does not run."""
