@@ -359,6 +359,8 @@ def test_training_is_in_the_dtype_that_was_asked_for(dtype, tmp_path):
     for layer in space["model"].modules():
         if isinstance(layer, torch.nn.Linear):
             layer.register_forward_hook(lambda _, args, out: seen.append(out.dtype))
+    for block in space["model"].blocks:
+        block.register_forward_hook(lambda _, args, out: seen.append(out.dtype))
     inputs, targets = space["get_batch"](1)
     with space["autocast"]:
         losses = [space["model"](inputs, targets)[1]]
