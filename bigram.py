@@ -59,13 +59,16 @@ learning_rate = 0.05     # how far does one step go?
 script = Path(vars().get("__file__", "notebook"))
 parser = argparse.ArgumentParser(script.name, argparse.SUPPRESS, allow_abbrev=False,
                                  argument_default=argparse.SUPPRESS)
+kinds = {"text_file": str, "device": str, "prompt": str, "save": str, "load": str,
+         "dtype": str, "temperature": float, "learning_rate": float, "dropout": float,
+         "muon_lr": float, "momentum": float, "weight_decay": float}  # all others: int
 given, glosses = {}, {}
 if __name__ == "__main__" and Path(sys.argv[0]).name in script.parts:  # no notebook
     # What --help says of an option is its comment in the cell above.
     source = inspect.getsource(sys.modules["__main__"]).split("## Options")[0]
-    glosses = dict(re.findall(r"(?m)^(\w+) = .+?  # (.+)", source))
+    glosses = dict(re.findall(r"(?m)^(\w+) = .+? # (.+)", source))
     for name, gloss in glosses.items():
-        parser.add_argument(f"--{name}", type=type(vars()[name]), help=gloss)
+        parser.add_argument(f"--{name}", type=kinds.get(name, int), help=gloss)
 
     found, unknown = parser.parse_known_args()
     for word in unknown:
@@ -79,11 +82,11 @@ if __name__ == "__main__" and Path(sys.argv[0]).name in script.parts:  # no note
 
 vars().update(given)
 for name in glosses:
-    value = vars()[name]
+    value, kind = vars()[name], kinds.get(name, int)
+    if type(value) is not kind and (type(value), kind) != (int, float):
+        parser.error(f"{name}={value!r} should be of type {kind.__name__}")
     least = 1 if name.startswith("n_") or name.endswith(("_size", "_interval")) else 0
-    if (least or name.startswith("max_")) and type(value) is not int:
-        parser.error(f"{name}={value!r} should be a whole number, such as 100")
-    if type(value) is not str and not least <= value < 2**31:
+    if kind is not str and not least <= value < 2**31:
         parser.error(f"{name}={value} should be at least {least}, and below 2**31")
 
 for stream in (sys.stdin, sys.stdout):
@@ -109,8 +112,8 @@ def read_text():
     """Return the text of text_file; input.txt lies beside this script."""
     path = Path(text_file)
     try:
-        if text_file == "input.txt":
-            path = script.parent / text_file
+        if text_file == "input.txt" and "text_file" not in given:
+            path = script.resolve().parent / text_file
             if not path.exists():
                 download(path)
         return path.read_text(encoding="utf-8-sig")
@@ -363,7 +366,7 @@ for step in range(first_step + 1, max_iters + 1):
 # %%
 for start in sys.stdin if prompt == "-" else [prompt]:
     if prompt == "-":
-        start = start.rstrip("\n")
+        start = start.rstrip("\r\n")
     if not set(start) <= set(chars):
         print(f"it knows these characters only: {''.join(chars)!r}")
         continue

@@ -64,6 +64,7 @@ n_layer = 4              # depth: how many blocks follow one another? (Step 8)
 dropout = 0.0            # what share of the characters is hidden in training? (Step 9)
 part = 2                 # which model: that of part one, or that of part two? (Step 10)
 muon_lr = 0.02           # how far does one step of Muon go? (Step 14)
+momentum = 0.9           # how much of the earlier gradients does it keep? (Step 14)
 weight_decay = 0.1       # how strongly does Muon pull weights to zero? (Step 14)
 save = "gpt.pt"          # where is the best model kept? Empty: nowhere (Extra)
 load = ""                # which checkpoint to start from? (Extra)
@@ -71,7 +72,8 @@ dtype = "auto"           # bfloat16 where the processor has it, or float32? (Ext
 
 # Extra: on a CUDA GPU, these take the place of the numbers above. Change them here.
 gpu_preset = {"batch_size": 16, "max_iters": 2000, "eval_interval": 400, "n_embd": 384,
-              "n_head": 4, "n_layer": 6, "dropout": 0.1, "weight_decay": 0.3}
+              "n_head": 4, "n_layer": 6, "dropout": 0.1, "momentum": 0.95,
+              "weight_decay": 0.3}
 
 # %% [markdown]
 # ## Options
@@ -82,13 +84,16 @@ gpu_preset = {"batch_size": 16, "max_iters": 2000, "eval_interval": 400, "n_embd
 script = Path(vars().get("__file__", "notebook"))
 parser = argparse.ArgumentParser(script.name, argparse.SUPPRESS, allow_abbrev=False,
                                  argument_default=argparse.SUPPRESS)
+kinds = {"text_file": str, "device": str, "prompt": str, "save": str, "load": str,
+         "dtype": str, "temperature": float, "learning_rate": float, "dropout": float,
+         "muon_lr": float, "momentum": float, "weight_decay": float}  # all others: int
 given, glosses = {}, {}
 if __name__ == "__main__" and Path(sys.argv[0]).name in script.parts:  # no notebook
     # What --help says of an option is its comment in the cell above.
     source = inspect.getsource(sys.modules["__main__"]).split("## Options")[0]
-    glosses = dict(re.findall(r"(?m)^(\w+) = .+?  # (.+)", source))
+    glosses = dict(re.findall(r"(?m)^(\w+) = .+? # (.+)", source))
     for name, gloss in glosses.items():
-        parser.add_argument(f"--{name}", type=type(vars()[name]), help=gloss)
+        parser.add_argument(f"--{name}", type=kinds.get(name, int), help=gloss)
 
     found, unknown = parser.parse_known_args()
     for word in unknown:
@@ -101,15 +106,15 @@ if __name__ == "__main__" and Path(sys.argv[0]).name in script.parts:  # no note
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head`: none either
 
 in_cell = {k: v for k, v in vars().items() if type(v) in (int, float)}  # Extra
-if "cuda" in given.get("device", device):  # Extra
+if "cuda" in str(given.get("device", device)):  # Extra
     vars().update(gpu_preset)
 vars().update(given)
 for name in glosses:
-    value = vars()[name]
+    value, kind = vars()[name], kinds.get(name, int)
+    if type(value) is not kind and (type(value), kind) != (int, float):
+        parser.error(f"{name}={value!r} should be of type {kind.__name__}")
     least = 1 if name.startswith("n_") or name.endswith(("_size", "_interval")) else 0
-    if (least or name.startswith("max_")) and type(value) is not int:
-        parser.error(f"{name}={value!r} should be a whole number, such as 100")
-    if type(value) is not str and not least <= value < 2**31:
+    if kind is not str and not least <= value < 2**31:
         parser.error(f"{name}={value} should be at least {least}, and below 2**31")
 
 for stream in (sys.stdin, sys.stdout):
@@ -128,8 +133,9 @@ except Exception as error:
 # %%
 SETTINGS = ["part", "block_size", "n_embd", "n_head", "n_layer", "seed", "batch_size",
             "max_iters", "eval_interval", "max_new_tokens", "temperature", "top_k",
-            "learning_rate", "dropout", "muon_lr", "weight_decay"]
-as_written = {name: [in_cell[name], gpu_preset.get(name)] for name in SETTINGS}
+            "learning_rate", "dropout", "muon_lr", "momentum", "weight_decay"]
+as_written = {name: [in_cell[name], gpu_preset.get(name, in_cell[name])]
+              for name in SETTINGS}  # for the CPU, and for a GPU
 PARTS = {"settings", "as_written", "model", "optimizers", "step", "best", "losses",
          "chars", "excerpt", "text_sha256"}
 
@@ -154,11 +160,15 @@ def read_checkpoint(path):
 
 checkpoint = read_checkpoint(load) if load else None
 if checkpoint:
+    here = 1 if "cuda" in device else 0
     for name, value in checkpoint["settings"].items():
-        if name not in given and as_written[name] == checkpoint["as_written"][name]:
+        changed = as_written[name][here] != checkpoint["as_written"][name][here]
+        if name not in given and not changed:
             vars()[name] = value
+    same_size = checkpoint["settings"]["block_size"] == block_size
 another_text = "text_file" in given or text_file != "input.txt"
-finished = checkpoint and checkpoint["step"] >= max_iters and not another_text
+finished = (checkpoint and checkpoint["step"] >= max_iters and same_size
+            and not another_text)
 
 # Of several processes (torchrun), each has its own GPU, and only the first one speaks.
 if "cuda" in device:
@@ -172,8 +182,8 @@ if n_embd % 4 or n_embd % (2 * n_head):
     parser.error(f"{n_embd=} should be a multiple of 4 and of 2 * {n_head=}")
 if n_layer * n_embd * (batch_size * block_size + n_embd) > 2**32:
     parser.error("too large for any memory; lower n_layer, n_embd, or batch_size")
-if dropout >= 1:
-    parser.error(f"{dropout=} should be below 1")
+if max(dropout, momentum) >= 1:
+    parser.error(f"{dropout=} and {momentum=} should be below 1")
 if dtype not in ("auto", "bfloat16", "float32"):
     parser.error(f"{dtype=} should be auto, bfloat16 or float32")
 
@@ -192,8 +202,8 @@ def read_text():
     """Return the text of text_file; input.txt lies beside this script."""
     path = Path(text_file)
     try:
-        if text_file == "input.txt":
-            path = script.parent / text_file
+        if text_file == "input.txt" and "text_file" not in given:
+            path = script.resolve().parent / text_file
             if not path.exists():
                 download(path)
         return path.read_text(encoding="utf-8-sig")
@@ -846,10 +856,10 @@ class Muon(torch.optim.Optimizer):
             mean = state.setdefault("mean", torch.zeros_like(gradients))
 
             # One batch tells little: take a running mean of the gradients of many
-            # steps, where the newest counts 5%. In the change made now, it counts
-            # nearly twice as much (Nesterov's momentum).
-            mean.lerp_(gradients, 0.05)
-            changes = equalize(mean.lerp(gradients, 0.05))  # (N, rows, columns)
+            # steps, where the newest counts 1 - momentum. In the change made now, it
+            # counts nearly twice as much (Nesterov's momentum).
+            mean.lerp_(gradients, 1 - momentum)
+            changes = equalize(mean.lerp(gradients, 1 - momentum))  # (N, rows, columns)
 
             # Matrices with more rows than columns may change more (found by trial).
             rows, columns = weights[0].shape
@@ -943,7 +953,7 @@ train_step = memory_in_plain_words()(train_step)
 # %%
 text_sha256 = hashlib.sha256(text.encode()).hexdigest()
 best, first_step = {"val_loss": math.inf}, 0
-ours = set()  # files that this run may replace
+ours = {}  # {file that this run may replace: when it was written}
 
 if checkpoint:
     named = "save" in given or save != "gpt.pt"
@@ -951,7 +961,7 @@ if checkpoint:
     if not same_text and not another_text:
         parser.error(f"{load} has learned another text; name it with --text_file")
     try:
-        if checkpoint["settings"]["part"] != part:
+        if checkpoint["settings"]["part"] != part or (part == 1 and not same_size):
             raise ValueError
         if same_text:
             best, first_step = dict(checkpoint["best"]), checkpoint["step"]
@@ -960,7 +970,7 @@ if checkpoint:
             for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
                 optimizer.load_state_dict(state)
             save = save if named else load
-            ours.add(load)
+            ours[load] = Path(load).stat().st_mtime_ns
             print(f"{load}: {first_step} of {max_iters} steps are made")
         else:
             weights = checkpoint["best"]["weights"]
@@ -996,13 +1006,14 @@ def keep(step):
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "step": step, "best": best, "losses": losses, "chars": chars,
             "excerpt": text[:20 * block_size], "text_sha256": text_sha256}, unfinished)
-        if file.exists() and save not in ours:  # then another run has made it: keep it
+        if file.exists() and ours.get(save) != file.stat().st_mtime_ns:
+            # Another run has made this file: keep it.
             number = 1
             while file.with_suffix(f".{number}.pt").exists():
                 number += 1
             print(f"{save} is now", file.rename(file.with_suffix(f".{number}.pt")))
         unfinished.replace(file)
-        ours.add(save)
+        ours[save] = file.stat().st_mtime_ns
     except (OSError, RuntimeError) as error:
         parser.error(f"cannot write {save} ({str(error).splitlines()[0]})")
     finally:
@@ -1118,7 +1129,8 @@ for step in range(first_step + 1, max_iters + 1):
         evaluate(step)
         keep(step)  # Extra
     if stop:  # Extra
-        print("stopped by Ctrl-C" + (f"; --load={save} goes on" if save else ""))
+        again = f"--load={save}" + (f" --text_file={text_file}" if another_text else "")
+        print("stopped by Ctrl-C" + (f"; {again} goes on" if save else ""))
         break
 
 # %% [markdown]
@@ -1139,7 +1151,7 @@ if world > 1:
 # %%
 for start in sys.stdin if prompt == "-" else [prompt]:
     if prompt == "-":
-        start = start.rstrip("\n")
+        start = start.rstrip("\r\n")
     if not set(start) <= set(chars):
         print(f"it knows these characters only: {''.join(chars)!r}")
         continue
@@ -1149,8 +1161,8 @@ for start in sys.stdin if prompt == "-" else [prompt]:
 
 # %% [markdown]
 # ## Extra: a picture
-# Where matplotlib is installed, gpt.png shows how the loss fell, and where each
-# head of the last block looks (rows look at columns).
+# Where matplotlib is installed, gpt.png (beside gpt.pt) shows how the loss fell, and
+# where each head of the last block looks (rows look at columns).
 
 # %%
 def draw(attention, args):
@@ -1161,14 +1173,14 @@ def draw(attention, args):
 
 try:
     import matplotlib.pyplot as plt
-    if rank == 0 and not finished:
+    if save and rank == 0 and not finished:
         figure, axes = plt.subplots(1, n_head + 1, figsize=(4 * n_head + 4, 4))
         axes[0].plot(list(losses), list(losses.values()), label=["train", "val"])
         axes[0].legend()
         hook = model.blocks[-1].attention.register_forward_pre_hook(draw)
         list(generate(val_data[:32], 1))  # the next character after 32
         hook.remove()
-        figure.savefig("gpt.png")
+        figure.savefig(Path(save).with_suffix(".png"))
 except ModuleNotFoundError:
     pass  # it is not installed
 except Exception as error:

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "input.txt").read_text(encoding="utf-8")
 TINY = {"n_embd": 16, "n_head": 2, "n_layer": 2, "block_size": 16, "batch_size": 4, "max_iters": 0,
         "eval_interval": 5, "max_new_tokens": 5, "dtype": "float32", "save": ""}
-GPT_ONLY = {"n_embd", "n_head", "n_layer", "dropout", "part", "muon_lr", "weight_decay",
-            "dtype", "save", "load"}
+GPT_ONLY = {"n_embd", "n_head", "n_layer", "dropout", "part", "muon_lr", "momentum",
+            "weight_decay", "dtype", "save", "load"}
 
 
 def options(script, numbers):

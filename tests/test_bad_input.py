@@ -33,6 +33,7 @@ CASES = [  # arguments, and what the one line must say
     ("--temperature=nan", r"temperature=nan should be .*"),
     ("--learning_rate=inf", r"learning_rate=inf should be .*"),
     ("--muon_lr=inf", r"muon_lr=inf should be .*"),
+    ("--momentum=1", r".*momentum=1\.0.*"),
     ("--weight_decay=nan", r"weight_decay=nan should be .*"),
     (f"--seed={2**63}", rf"seed={2**63} should be .*"),
     (f"--n_embd={2**63}", rf"n_embd={2**63} should be .*"),
@@ -103,9 +104,13 @@ def test_one_line_and_status_2(args, line, folder):
 
 @pytest.mark.parametrize("script", ["gpt.py", "bigram.py"])
 @pytest.mark.parametrize("name, value, line", [
-    ("max_iters", "1e3", "max_iters=1000.0 should be a whole number.*"),
-    ("block_size", '"64"', "block_size='64' should be a whole number.*"),
-    ("batch_size", "8.5", "batch_size=8.5 should be a whole number.*"),
+    ("max_iters", "1e3", "max_iters=1000.0 should be of type int"),
+    ("block_size", '"64"', "block_size='64' should be of type int"),
+    ("samples", "2.0", "samples=2.0 should be of type int"),
+    ("seed", "True", "seed=True should be of type int"),
+    ("top_k", "None", "top_k=None should be of type int"),
+    ("learning_rate", '"0.1"', "learning_rate='0.1' should be of type float"),
+    ("prompt", "None", "prompt=None should be of type str"),
     ("eval_interval", "0", "eval_interval=0 should be at least 1.*"),
     ("temperature", "-1", "temperature=-1 should be at least 0.*")])
 def test_wrong_numbers_written_into_the_script(script, name, value, line, tmp_path):

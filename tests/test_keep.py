@@ -13,11 +13,13 @@ import torch
 from conftest import ROOT, TEXT, TINY, Quick, names, options, run
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork and SIGKILL")
-NUMBERS = {**TINY, "n_layer": 1, "batch_size": 8, "dropout": 0.2, "weight_decay": 0.1,
-           "max_iters": 12, "eval_interval": 3, "save": "gpt.pt"}
+NUMBERS = {**TINY, "n_layer": 1, "batch_size": 8, "dropout": 0.2, "momentum": 0.9,
+           "weight_decay": 0.1, "max_iters": 12, "eval_interval": 3, "save": "gpt.pt"}
 OVERFIT = NUMBERS | {"batch_size": 32, "dropout": 0.1, "weight_decay": 0, "max_iters": 100,
                      "eval_interval": 5, "learning_rate": 0.02, "muon_lr": 0.1}
 LONG = NUMBERS | {"max_iters": 200, "eval_interval": 100}
+GPU = [('"cuda" in str(', '"cpu" in str('), ("torch.cuda.set_device", "str"),
+       ('here = 1 if "cuda"', 'here = 1 if "cpu"')]  # what makes it take the CPU for a GPU
 OTHER = TEXT[900::-1] + 'They paid "12.50" (or 34)\n'
 
 
@@ -273,17 +275,14 @@ def test_the_command_line_before_the_checkpoint_before_the_block(script, whole, 
 
 
 def test_a_model_made_on_a_gpu_is_loaded_on_a_cpu(script, whole, tmp_path):
-    """Played by a copy of gpt.py that takes the CPU for a GPU."""
-    gpu = edited(script, tmp_path / "copy", ('"cuda" in given', '"cpu" in given'),
-                 ("torch.cuda.set_device", "str"))
+    gpu = edited(script, tmp_path / "copy", *GPU)
     assert finish(gpu, tmp_path, **NUMBERS).kept["settings"] == whole.kept["settings"]
     assert finish(script, tmp_path, load="gpt.pt").sample == whole.sample
 
 
 def test_what_is_changed_in_the_numbers_for_a_gpu_counts_as_given(script, tmp_path):
     """On what it takes for a GPU, as above; the numbers that have not changed are the file's."""
-    play = [('"cuda" in given', '"cpu" in given'), ("torch.cuda.set_device", "str"),
-            ('"n_embd": 384', '"n_embd": 32'), ('"n_layer": 6', '"n_layer": 1')]
+    play = [*GPU, ('"n_embd": 384', '"n_embd": 32'), ('"n_layer": 6', '"n_layer": 1')]
     gpu = edited(script, tmp_path / "a", *play, ('"max_iters": 2000', '"max_iters": 2'))
     first = finish(gpu, tmp_path, block_size=16, eval_interval=2)
     more = edited(script, tmp_path / "b", *play, ('"max_iters": 2000', '"max_iters": 4'))
@@ -291,6 +290,10 @@ def test_what_is_changed_in_the_numbers_for_a_gpu_counts_as_given(script, tmp_pa
     changed = {"max_iters": 4, "max_new_tokens": 9}
     assert done.kept["settings"] == first.kept["settings"] | changed
     assert list(done.losses) == [2, 4]
+    # On a CPU, they make no difference.
+    cpu = edited(script, tmp_path / "c", ('"n_embd": 384', '"n_embd": 512'))
+    done = finish(script, tmp_path, **NUMBERS | {"save": "cpu.pt"})
+    assert finish(cpu, tmp_path, load="cpu.pt").sample == done.sample
 
 
 def test_an_earlier_model_is_moved_and_named(script, whole, overfit, tmp_path):
@@ -301,6 +304,23 @@ def test_an_earlier_model_is_moved_and_named(script, whole, overfit, tmp_path):
         assert done.stdout.count(" is now ") == 1 and done.kept == whole.kept
     assert (tmp_path / "gpt.1.pt").read_bytes() == overfit.path.read_bytes()
     assert set(files(tmp_path)) == {"gpt.pt", "gpt.1.pt", "gpt.2.pt"}
+
+
+def test_a_model_that_another_run_saves_meanwhile_is_moved_too(script, overfit, tmp_path):
+    running = in_training(script, tmp_path)
+    shutil.copy(overfit.path, tmp_path)
+    done = result(running)
+    assert done.kept["step"] == 200 and "gpt.pt is now gpt.1.pt\n" in done.stdout
+    assert (tmp_path / "gpt.1.pt").read_bytes() == overfit.path.read_bytes()
+
+
+def test_another_block_size_is_measured_anew_or_refused(script, whole, tmp_path):
+    """The positions of part one depend on it; part two knows distances only."""
+    shutil.copy(whole.path, tmp_path)
+    done = finish(script, tmp_path, load="gpt.pt", block_size=8)
+    assert list(done.losses) == [12] and done.losses[12] != whole.losses[12]
+    finish(script, tmp_path, **NUMBERS | {"part": 1, "max_iters": 3, "save": "one.pt"})
+    assert "one.pt" in refused(script, tmp_path, load="one.pt", block_size=8)
 
 
 class Code:

@@ -202,7 +202,8 @@ def test_muon_does_what_pytorchs_does(modern):
     theirs = [torch.nn.Parameter(weight.detach().clone()) for weight in ours]
     start = [weight.detach().clone() for weight in ours]
     a = modern["Muon"](ours, lr=0.02)
-    b = torch.optim.Muon(theirs, lr=0.02, weight_decay=modern["weight_decay"], momentum=0.95)
+    b = torch.optim.Muon(theirs, lr=0.02, weight_decay=modern["weight_decay"],
+                         momentum=modern["momentum"])
     for _ in range(4):
         for x, y in zip(ours, theirs):
             x.grad = torch.randn_like(x)

@@ -160,7 +160,7 @@ def test_interrupted_and_trained_again(book):
         thread.join()
         kept.append(file.stat().st_mtime_ns)
         found = losses(said)
-        assert not book.error and "stopped by Ctrl-C; --load=stop.pt" in said
+        assert not book.error and "stopped by Ctrl-C; --load=stop.pt goes on" in said
         assert list(found)[:2] == [0, 50] and max(found) < 10**5
     said = book.run("## Extra: from here on", "## Extra: a picture")
     assert not book.error and "the best model" in said and "--- sample 1 of 1 ---" in said
