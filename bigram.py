@@ -13,7 +13,6 @@ Shapes in comments: B batch_size, T time (up to block_size), V vocab_size.
 
 # %%
 import argparse
-import difflib
 import hashlib
 import inspect
 import math
@@ -69,12 +68,7 @@ if __name__ == "__main__" and Path(sys.argv[0]).name in script.parts:  # no note
     glosses = dict(re.findall(r"(?m)^(\w+) = .+? # (.+)", source))
     for name, gloss in glosses.items():
         parser.add_argument(f"--{name}", type=kinds.get(name, int), help=gloss)
-
-    found, unknown = parser.parse_known_args()
-    for word in unknown:
-        near = difflib.get_close_matches(word.strip("-").split("=")[0], glosses)
-        parser.error(f"there is no {word} (nearest: {near}); --help lists all options")
-    given = vars(found)
+    given = vars(parser.parse_args())
 
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C: no traceback
     if hasattr(signal, "SIGPIPE"):
