@@ -51,7 +51,7 @@ learning_rate = 0.05     # how far does one step go?
 
 # %% [markdown]
 # ## Options
-# Each of these is also an option of the command line, which is read here. Nothing
+# Each line above is also an option of the command line, which is read here. Nothing
 # of this is about language models: on a first reading, skip to "The text".
 
 # %%
@@ -176,6 +176,7 @@ if len(val_data) <= block_size:
 
 # %%
 chance = torch.Generator().manual_seed(seed)
+# At the end, this leaves room for the offset (below), and for a whole piece.
 cuts = torch.arange(0, len(train_data) - 2 * block_size, block_size)
 starts = []  # where the pieces begin, in the order in which they are dealt
 

@@ -13,7 +13,7 @@ one ends, and look at "The run" near the end: this is a complete GPT, and its tr
 Part two is what has been found since. What is called "Extra" teaches nothing about
 GPTs, and `parser.error` just ends the script with a message. bigram.py is this script
 with the simplest model there is, and each "Step" is one idea on the way from there to
-here.
+here. (In the repository, tests/steps.py writes each step as a short script of its own.)
 
 Shapes in comments: B batch_size, T time (up to block_size), C n_embd, D head size
 (C / n_head), V vocab_size.
@@ -76,7 +76,7 @@ gpu_preset = {"batch_size": 16, "max_iters": 2000, "eval_interval": 400, "n_embd
 
 # %% [markdown]
 # ## Options
-# Each of these is also an option of the command line, which is read here. Nothing
+# Each line above is also an option of the command line, which is read here. Nothing
 # of this is about language models: on a first reading, skip to "The text".
 
 # %%
@@ -268,6 +268,7 @@ if len(val_data) <= block_size:
 
 # %%
 chance = torch.Generator().manual_seed(seed)
+# At the end, this leaves room for the offset (below), and for a whole piece.
 cuts = torch.arange(0, len(train_data) - 2 * block_size, block_size)
 starts = []  # where the pieces begin, in the order in which they are dealt
 
@@ -570,7 +571,7 @@ class GPT(LanguageModel):
 
 # %%
 torch.manual_seed(seed)
-model = GPT(Block).to(device)  # a GPT from Step 2 on
+model = GPT(Block).to(device)  # Step 2
 optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate)]  # one, or more
 
 # %% [markdown]
@@ -659,7 +660,7 @@ def train_step(step):
     model.zero_grad()      # forget the gradients of the step before
     loss.backward()        # find the gradient of the loss for every weight
 
-    share = 1 - (step - 1) / max_iters  # Step 15: falls from 1 to 0
+    share = 1 - (step - 1) / max_iters  # Step 15: falls from 1 towards 0
     for optimizer in optimizers:
         for group in optimizer.param_groups:                # Step 15
             group["lr"] = share * optimizer.defaults["lr"]  # Step 15
@@ -672,8 +673,8 @@ def train_step(step):
 # Here stands a GPT: GPT-2 of 2019 is made in this way, only much larger. (It has
 # GELU, a smoother ReLU; a learned table of positions; and one matrix for both
 # embedding and `lm_head`.) You can stop here. The cell "The run" near the end
-# trains it with `part = 1`. None of the pieces of a model that follow is in
-# GPT-2. Each step brings one idea, most of them by replacing one method.
+# trains it with `part = 1`. The model of GPT-2 has none of the pieces that follow.
+# Each step brings one idea, most of them by replacing one method.
 #
 # The losses named below are those in validation, after a training of 300 steps with
 # the numbers for a CPU. Each step names two of them: with all steps up to this one,
@@ -766,7 +767,7 @@ def shift(x):
 # ## The modern GPT
 # All pieces put together. Since queries and keys tell the positions, clocks are no
 # longer added. And these blocks do not begin at zero: the layers that `Block` has
-# set to zero are replaced by new ones (with Muon, that is better).
+# set to zero are replaced by new ones (with Muon, Step 14, that is better).
 
 # %%
 class ModernBlock(Block):
@@ -891,10 +892,10 @@ if part == 2:
 # What makes the script of use, and teaches nothing about GPTs: skip to "The run".
 #
 # ## Extra: bf16
-# Where the processor has units for numbers of 16 bits (bfloat16), matrix products are
-# faster with them, and the loss is nearly the same. On a CPU, moving numbers about
-# takes longer than computing. So there, what stands between the products is of 16
-# bits as well.
+# Where the processor has units for numbers of 16 bits (bfloat16), matrix products
+# are faster with them, and the loss is nearly the same. On a CPU, moving numbers
+# about takes longer than computing. So there, what stands between the products is
+# of 16 bits as well.
 
 # %%
 if device.startswith("cuda"):
@@ -909,14 +910,14 @@ train_step, estimate_loss = autocast(train_step), autocast(estimate_loss)
 
 
 def shorten(blocks, args):
-    """Give the blocks vectors in bf16 where products are in bf16: not in a sample."""
+    """Give the blocks vectors in bf16 if products are (in a sample, they are not)."""
     return args[0].bfloat16() if torch.is_autocast_enabled("cpu") else args[0]
 
 
 if use_bf16 and device == "cpu":
     model.blocks.register_forward_pre_hook(shorten)
     cos, sin = cos.bfloat16(), sin.bfloat16()
-    equalize = lambda m, equalize=equalize: equalize(m.bfloat16())
+    equalize = lambda m, exact=equalize: exact(m.bfloat16())
 
 # %% [markdown]
 # ## Extra: out of memory
@@ -1155,8 +1156,8 @@ for start in sys.stdin if prompt == "-" else [prompt]:
 
 # %% [markdown]
 # ## Extra: a picture
-# Where matplotlib is installed, gpt.png (beside gpt.pt) shows how the loss fell, and
-# where each head of the last block looks (rows look at columns).
+# Where matplotlib is installed, gpt.png (beside gpt.pt) shows how the loss fell,
+# and where each head of the last block looks (rows look at columns).
 
 # %%
 def draw(attention, args):
