@@ -917,7 +917,11 @@ def shorten(blocks, args):
 if use_bf16 and device == "cpu":
     model.blocks.register_forward_pre_hook(shorten)
     cos, sin = cos.bfloat16(), sin.bfloat16()
-    equalize = lambda m, exact=equalize: exact(m.bfloat16())
+
+    def equalize(m, exact=equalize):
+        """Do what equalize did, in bf16."""
+        return exact(m.bfloat16())
+
 
 # %% [markdown]
 # ## Extra: out of memory
