@@ -767,7 +767,7 @@ def shift(x):
 # ## The modern GPT
 # All pieces put together. Since queries and keys tell the positions, clocks are no
 # longer added. And these blocks do not begin at zero: the layers that `Block` has
-# set to zero are replaced by new ones (with Muon, Step 14, that is better).
+# set to zero are replaced by new ones (with Muon, see below, that is better).
 
 # %%
 class ModernBlock(Block):
