@@ -11,9 +11,13 @@ The whole machine: characters -> ids -> vectors (embedding) -> blocks, each atte
 On a first reading, look at the hyperparameters, go on at "The text", stop where part
 one ends, and look at "The run" near the end: this is a complete GPT, and its training.
 Part two is what has been found since. What is called "Extra" teaches nothing about
-GPTs, and `parser.error` just ends the script with a message. bigram.py is this script
-with the simplest model there is, and each "Step" is one idea on the way from there to
-here. (In the repository, tests/steps.py writes each step as a short script of its own.)
+GPTs. Of what you skip, some names come up again: `parser.error` ends the script with a
+message, `script` is where it lies, `given` are its options. `checkpoint`, `finished`
+and `first_step` are about going on with an earlier run.
+
+bigram.py is this script with the simplest model there is, and each "Step" is one idea
+on the way from there to here. (In the repository, tests/steps.py writes each step as a
+script of its own.)
 
 Shapes in comments: B batch_size, T time (up to block_size), C n_embd, D head size
 (C / n_head), V vocab_size.
@@ -51,7 +55,7 @@ batch_size = 8           # how many pieces of text are learned from at once?
 block_size = 256         # context length: how many characters does a piece have?
 max_iters = 1200         # training steps: how often are the weights adjusted?
 eval_interval = 300      # how many steps from one evaluation to the next?
-prompt = ""              # what shall the model continue? (-: what you type)
+prompt = ""              # what shall the model continue? (-: typed on the keyboard)
 samples = 1              # how many continuations?
 max_new_tokens = 500     # how many characters shall it write?
 temperature = 0.8        # below 1 keeps to likely characters, above 1 dares more
