@@ -12,7 +12,7 @@ On a first reading, look at the hyperparameters, go on at "The text", stop where
 one ends, and look at "The run" near the end: this is a complete GPT, and its training.
 Part two is what has been found since. What is called "Extra" teaches nothing about
 GPTs. Of what you skip, some names come up again: `parser.error` ends the script with a
-message, `script` is where it lies, `given` are its options. `checkpoint`, `finished`
+message, `script` is this file, `given` are its options. `checkpoint`, `finished`
 and `first_step` are about going on with an earlier run.
 
 bigram.py is this script with the simplest model there is, and each "Step" is one idea
@@ -55,7 +55,7 @@ batch_size = 8           # how many pieces of text are learned from at once?
 block_size = 256         # context length: how many characters does a piece have?
 max_iters = 1200         # training steps: how often are the weights adjusted?
 eval_interval = 300      # how many steps from one evaluation to the next?
-prompt = ""              # what shall the model continue? (-: typed on the keyboard)
+prompt = ""              # what shall the model continue? (With -, you type it)
 samples = 1              # how many continuations?
 max_new_tokens = 500     # how many characters shall it write?
 temperature = 0.8        # below 1 keeps to likely characters, above 1 dares more
@@ -394,6 +394,10 @@ print(equal_weights[:4, :4].cpu().numpy().round(2))
 # that takes one more step.
 
 # %%
+# It is added to the scores: 0 where a position may look, else minus infinity.
+hidden = torch.where(may_see, 0.0, -math.inf)  # (T, T)
+
+
 class Head(nn.Module):
     """One head of attention: (B, T, C) to (B, T, D)."""
 
@@ -411,10 +415,10 @@ class Head(nn.Module):
     def weights(self, x):
         """Return how much each position (row) takes from each (column): (B, T, T)."""
         T = x.shape[1]
-        q, k = self.query(x), self.key(x)                         # each (B, T, D)
-        scores = self.scores(q, k)                                # (B, T, T)
-        scores = scores.masked_fill(~may_see[:T, :T], -math.inf)  # (B, T, T)
-        return F.softmax(scores, dim=-1)                          # (B, T, T)
+        q, k = self.query(x), self.key(x)  # each (B, T, D)
+        scores = self.scores(q, k)         # (B, T, T)
+        scores = scores + hidden[:T, :T]   # (B, T, T)
+        return F.softmax(scores, dim=-1)   # (B, T, T)
 
     def forward(self, x):
         v = self.value(x)           # (B, T, D)
@@ -674,11 +678,12 @@ def train_step(step):
 
 # %% [markdown]
 # # Part two: what has been found since
-# Here stands a GPT: GPT-2 of 2019 is made in this way, only much larger. (It has
-# GELU, a smoother ReLU; a learned table of positions; and one matrix for both
-# embedding and `lm_head`.) You can stop here. The cell "The run" near the end
-# trains it with `part = 1`. The model of GPT-2 has none of the pieces that follow.
-# Each step brings one idea, most of them by replacing one method.
+# Here stands a GPT: GPT-2 of 2019 is made in this way, only much larger. (It reads
+# pieces of words. It has GELU, a smoother ReLU; a learned table of positions; and
+# one matrix for both embedding and `lm_head`.) You can stop here. The cell "The
+# run" near the end trains it with `part = 1`. The model of GPT-2 has none of the
+# pieces that follow. Each step brings one idea, most of them by replacing one
+# method.
 #
 # The losses named below are those in validation, after a training of 300 steps with
 # the numbers for a CPU. Each step names two of them: with all steps up to this one,
@@ -719,32 +724,66 @@ class RotaryHead(Head):
 # %% [markdown]
 # ## Step 11: normalised queries and keys
 # A score can be large because the query fits the key, or just because one of them
-# is long. So scale both to the same length (a mean square of 1). Then only their
-# directions count. (Henry et al. 2020, arXiv:2010.04245) After 300 steps, the loss
-# is 1.97 instead of 2.08.
+# is long. So both pass through a LayerNorm (Step 7, here without learned vectors),
+# which gives them the same length. Then only the angle between them counts, and no
+# score can grow so large that softmax gives all the weight to one position (Step
+# 3). (Dehghani et al. 2023, arXiv:2302.05442) After 300 steps, the loss is 1.97
+# instead of 2.08.
 
 # %%
 class NormedHead(RotaryHead):
     """A rotary head in which only the directions of queries and keys count."""
 
     def scores(self, q, k):
-        q = F.rms_norm(q, q.shape[-1:])
-        k = F.rms_norm(k, k.shape[-1:])
+        q = F.layer_norm(q, q.shape[-1:])
+        k = F.layer_norm(k, k.shape[-1:])
         return super().scores(q, k)  # which turns them
 
 
 # %% [markdown]
-# ## Step 12: squared ReLU
-# The square of ReLU makes 0.25 of 0.5, and 4 of 2: strong matches of a pattern get
-# stronger, and weak ones weaker. (So et al. 2021, arXiv:2109.08668) After 300
-# steps, the loss is 1.96 instead of 1.97.
+# ## Step 12: gates
+# A gate is a vector of factors, by which what was found is multiplied, number by
+# number. The model computes it from the same x, with one more linear layer.
+# (Shazeer 2020, arXiv:2002.05202; Qiu et al. 2025, arXiv:2505.06708)
+#
+# In attention, the weights add up to 1. So a head always hands something over, even
+# where nothing fits. With a gate, it can keep silent. `sigmoid` turns any number
+# into one between 0 and 1, and 0 into 0.5. It is doubled so that a gate that has
+# learned nothing yet changes little.
+#
+# In feed-forward, ReLU lets each pattern through for itself. Here, two layers look
+# for patterns, and their results are multiplied: one pattern counts only together
+# with the other. Of these two, the gate passes through `F.silu`, a smooth ReLU. The
+# three layers are narrower, so that they have as many weights as the two had.
+#
+# After 300 steps, the loss is 1.96 instead of 1.97.
 
 # %%
-class SquaredFeedForward(FeedForward):
-    """Feed-forward with the square of ReLU."""
+class GatedHead(NormedHead):
+    """A normed head with a gate behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(n_embd, n_embd // n_head)
 
     def forward(self, x):
-        return self.down(F.relu(self.up(x)).square())
+        gate = 2 * torch.sigmoid(self.gate(x))  # (B, T, D), between 0 and 2
+        return gate * super().forward(x)        # (B, T, D)
+
+
+class GatedFeedForward(nn.Module):
+    """Feed-forward with a gate in place of ReLU: (B, T, C) to (B, T, C)."""
+
+    def __init__(self):
+        super().__init__()
+        size = 8 * n_embd // 3
+        self.gate = nn.Linear(n_embd, size)
+        self.up = nn.Linear(n_embd, size)
+        self.down = nn.Linear(size, n_embd)
+
+    def forward(self, x):
+        x = F.silu(self.gate(x)) * self.up(x)  # (B, T, 8C/3)
+        return self.down(x)                    # (B, T, C)
 
 
 # %% [markdown]
@@ -779,8 +818,8 @@ class ModernBlock(Block):
 
     def __init__(self):
         super().__init__()
-        self.attention = MultiHeadAttention(NormedHead)
-        self.feed_forward = SquaredFeedForward()  # Step 12
+        self.attention = MultiHeadAttention(GatedHead)
+        self.feed_forward = GatedFeedForward()  # Step 12
 
     # Step 13
     def forward(self, x):
@@ -800,12 +839,12 @@ class ModernGPT(GPT):
 # %% [markdown]
 # ## Step 14: Muon
 # The gradient of a matrix says how each of its numbers should change. Any such
-# change is a sum of simple ones, perpendicular to each other, each of the kind
-# "where the input looks like this, move the output like that". A few of them are
-# strong, and many are weak, though often just as useful. Muon makes all of them
-# equally strong, so that rare things are learned too. (In the language of
-# mathematics, these strengths are the *singular values* of the change, and Muon
-# sets nearly all of them to about 1.)
+# change is a sum of simple ones, each of the kind "where the input looks like this,
+# move the output like that". (The inputs of all these are perpendicular to each
+# other, and so are their outputs.) A few of them are strong, and many are weak,
+# though often just as useful. Muon makes all of them equally strong, so that rare
+# things are learned too. (In the language of mathematics, these strengths are the
+# *singular values* of the change, and Muon sets nearly all of them to about 1.)
 #
 # How is that done? Take a number between 0.01 and 1, put it into this formula, put
 # the result in again, and so on:
@@ -830,9 +869,10 @@ def equalize(m):
     x = m.mT if tall else m  # lying on its side, a tall matrix is less work
     # The norm of a matrix is at least its largest strength: now none is above 1.
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    one = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)  # 1, as a matrix
     for _ in range(5):
         s = x @ x.mT         # so s @ x stands for x^3, and s @ s @ x for x^5
-        x = 3.4445 * x + (-4.7750 * s + 2.0315 * s @ s) @ x
+        x = (3.4445 * one - 4.7750 * s + 2.0315 * s @ s) @ x
     return x.mT if tall else x
 
 
@@ -886,10 +926,10 @@ if part == 2:
 # ## Step 15: learning-rate schedule
 # Long strides at first, then shorter and shorter ones. When the goal is near, long
 # strides would only step over it, back and forth. So the learning rates fall from
-# step to step, down to 0: that is what the lines marked Step 15 in `train_step` do.
+# step to step, towards 0: that is what the lines marked Step 15 in `train_step` do.
 # (This is older than GPTs. It stands here because the model of part one, trained so
-# briefly, gains nothing from it.) After 300 steps, the loss is 1.57 instead of
-# 1.67.
+# briefly, gains nothing from it. With `part = 1`, it is used all the same.) After
+# 300 steps, the loss is 1.57 instead of 1.67.
 
 # %% [markdown]
 # # Extras
@@ -920,7 +960,7 @@ def shorten(blocks, args):
 
 if use_bf16 and device == "cpu":
     model.blocks.register_forward_pre_hook(shorten)
-    cos, sin = cos.bfloat16(), sin.bfloat16()
+    cos, sin, hidden = cos.bfloat16(), sin.bfloat16(), hidden.bfloat16()
 
     def equalize(m, exact=equalize):
         """Do what equalize did, in bf16."""
@@ -1092,7 +1132,7 @@ if torch.distributed.is_torchelastic_launched():
 if device == "cuda" and not (finished or torch.distributed.is_torchelastic_launched()):
     torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     # The recording goes on reading these, so they must stay in memory.
-    recorded = may_see, positions, cos, sin
+    recorded = hidden, positions, cos, sin
 
     # In a notebook, a recording made before is dropped.
     vars(model).pop("forward", None)

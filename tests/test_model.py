@@ -70,14 +70,26 @@ def reference(space, idx):
             q, k, v = (y @ w[f"{at}.attention.heads.{h}.{name}.weight"].T
                        for name in ("query", "key", "value"))
             if modern:
-                q, k = (turned(z / z.square().mean(-1, keepdim=True).sqrt()) for z in (q, k))
-            heads.append(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+                q, k = ((z - z.mean(-1, keepdim=True)) / z.std(-1, keepdim=True, correction=0)
+                        for z in (q, k))
+                q, k = turned(q), turned(k)
+            found = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            if modern:
+                gate = F.linear(y, w[f"{at}.attention.heads.{h}.gate.weight"],
+                                w[f"{at}.attention.heads.{h}.gate.bias"])
+                found = found * 2 / (1 + (-gate).exp())
+            heads.append(found)
         y = torch.cat(heads, dim=-1)
         x = x + F.linear(y, w[f"{at}.attention.proj.weight"], w[f"{at}.attention.proj.bias"])
         y = norm(x, f"{at}.norm2")
         y = mixed(y) if modern else y
-        y = F.linear(y, w[f"{at}.feed_forward.up.weight"], w[f"{at}.feed_forward.up.bias"])
-        y = y.clamp(min=0) ** (2 if modern else 1)
+        up = F.linear(y, w[f"{at}.feed_forward.up.weight"], w[f"{at}.feed_forward.up.bias"])
+        if modern:
+            gate = F.linear(y, w[f"{at}.feed_forward.gate.weight"],
+                            w[f"{at}.feed_forward.gate.bias"])
+            y = up * gate / (1 + (-gate).exp())
+        else:
+            y = up.clamp(min=0)
         x = x + F.linear(y, w[f"{at}.feed_forward.down.weight"], w[f"{at}.feed_forward.down.bias"])
     return norm(x, "norm") @ w["lm_head.weight"].T
 
@@ -386,4 +398,4 @@ def test_the_gpu_preset_makes_a_larger_model(tmp_path):
     space = names("gpt.py", tmp_path)
     preset = {name: space["gpu_preset"][name] for name in ("n_embd", "n_head", "n_layer")}
     larger = names("gpt.py", tmp_path, block_size=256, **preset)
-    assert sum(p.numel() for p in larger["model"].parameters()) == pytest.approx(10.7e6, rel=0.01)
+    assert sum(p.numel() for p in larger["model"].parameters()) == pytest.approx(11.6e6, rel=0.01)
