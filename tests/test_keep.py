@@ -265,7 +265,7 @@ def test_the_command_line_before_the_checkpoint_before_the_block(script, whole, 
     shutil.copy(whole.path, tmp_path)
     done = finish(script, tmp_path, load="gpt.pt", max_new_tokens=9)
     assert len(done.sample) == 9 + 1 and done.sample[:5] == whole.sample[:5]
-    other = edited(script, tmp_path / "copy", ("\nmax_iters = 1200", "\nmax_iters = 15"),
+    other = edited(script, tmp_path / "copy", ("\nmax_iters = 1500", "\nmax_iters = 15"),
                    ("\ntemperature = 0.8", "\ntemperature = 0.1"), ("\ntop_k = 0", "\ntop_k = 5"))
     done = finish(other, tmp_path, load="gpt.pt", top_k=3)
     changed = {"temperature": 0.1, "max_iters": 15, "top_k": 3}

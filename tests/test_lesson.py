@@ -117,7 +117,7 @@ def test_a_step_changes_little(step):
     lines = steps.difference(step)
     title, count = steps.titles()[step], sum(line.startswith("@@") for line in lines)
     assert count <= 5
-    assert 0 < steps.lines_of(step) <= (34 if title == "Muon" else 26)
+    assert 0 < steps.lines_of(step) <= (35 if title == "Muon" else 26)
     assert code_of(steps.script(step)) != code_of(steps.script(step - 1))
 
 
@@ -199,7 +199,7 @@ def test_shapes_in_comments_are_those_of_the_tensors(script, part, least, tmp_pa
 
     def compare(frame, line):
         targets, shape = wanted[line]
-        parts = [part for part in shape.replace("4C", "4*C").replace("/", "//").split(",")]
+        parts = re.sub(r"(\d)C", r"\1*C", shape).replace("/", "//").split(",")
         expected = tuple(eval(part.strip(), {}, sizes) for part in parts if part.strip())
         for target in targets:
             value = eval(target, frame.f_globals, frame.f_locals)
