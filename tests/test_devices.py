@@ -80,7 +80,7 @@ def test_two_processes_follow_one(small_text, tmp_path):
     alone, both = ([float(loss) for loss in re.findall(r"(?m)^step .* val loss (\S+)", out)]
                    for out in (one, two.stdout))
     assert len(both) == 6 and both == pytest.approx(alone, abs=1e-3)
-    assert both[5] < both[0] - 0.05
+    assert both[5] < both[0] - 0.02
     for line in ("characters, which begin", "parameters on cpu", "--- sample 1 of 1 ---"):
         assert two.stdout.count(line) == 1
     assert {path.name for path in (tmp_path / "two").iterdir()} <= {"gpt.pt", "gpt.png"}
