@@ -240,7 +240,7 @@ def test_equalize_is_a_polynomial_of_each_singular_value(modern, shape):
 def test_the_numbers_in_the_text_on_muon():
     source = (ROOT / "gpt.py").read_text(encoding="utf-8").replace("\n# ", " ")
     start, told, low, high = re.search(
-        r"From ([\d.]+) you get ([\d., ]+), and from anywhere between 0.01 and 1, .*? between about "
+        r"From ([\d.]+) you get ([\d., ]+), and from anywhere between 0.01 and 1, .*? about "
         r"([\d.]+) and (\d\.\d)", source).groups()
     x, seen = float(start), []
     for _ in told.split(", "):
