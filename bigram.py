@@ -156,7 +156,7 @@ print(f"{text[:5]!r} becomes {encode(text[:5]).tolist()}")
 if prompt != "-" and not set(prompt) <= set(chars):
     parser.error(f"prompt={prompt!r} has characters that are not in the text")
 
-# The last tenth is never trained on: the loss there tells learning from memorising.
+# The last tenth is never trained on. It tells whether the model learns, or memorises.
 data = encode(text).to(device)
 train_data = data[:int(0.9 * len(data))]
 val_data = data[int(0.9 * len(data)):]

@@ -252,7 +252,7 @@ print(f"{text[:5]!r} becomes {encode(text[:5]).tolist()}")
 if prompt != "-" and not set(prompt) <= set(chars):
     parser.error(f"prompt={prompt!r} has characters that are not in the text")
 
-# The last tenth is never trained on: the loss there tells learning from memorising.
+# The last tenth is never trained on. It tells whether the model learns, or memorises.
 data = encode(text).to(device)
 train_data = data[:int(0.9 * len(data))]
 val_data = data[int(0.9 * len(data)):]
@@ -315,8 +315,9 @@ for t in range(1, 5):
 # learns about `a` tells it nothing about `e`. So we give each character a vector of
 # `n_embd` numbers, its *embedding*, which is learned like all other weights.
 # Characters that behave alike can become alike. A linear layer then turns a vector
-# into scores. (On its own, this is no better than the table, as there are only 63
-# characters. But from now on there are vectors, which can be told more.)
+# into scores. (On its own, this can say no more than the table, which has a row for
+# each character already. But from now on there are vectors, which can be told
+# more.)
 #
 # The later steps will only change how the vectors are made. So this is a method of
 # its own, which they can replace.
@@ -546,8 +547,8 @@ class Block(nn.Module):
 # ## Step 9: dropout
 # A large model can learn a small text by heart. During training, dropout sets
 # vectors to 0, chosen at random (and scales the others up to make up for it), so
-# that the model never sees a passage the same way twice. Here it hides the whole
-# vector of a position (`nn.Dropout1d`). Most GPTs hide single numbers instead
+# that the model hardly ever sees a passage the same way twice. Here it hides the
+# whole vector of a position (`nn.Dropout1d`). Most GPTs hide single numbers instead
 # (`nn.Dropout`), inside the blocks as well. On a CPU, the rate is 0, because the
 # training is too short to learn by heart. Try a rate of 0.2 on a short text.
 

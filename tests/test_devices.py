@@ -71,7 +71,7 @@ def test_gradients_are_means_and_dropouts_differ(small_text, tmp_path):
 
 def test_two_processes_follow_one(small_text, tmp_path):
     """The same losses, only one that speaks in the end, and one that saves."""
-    args = [*options("gpt.py", NUMBERS), f"--text_file={small_text}", "--max_iters=5",
+    args = [*options("gpt.py", NUMBERS), f"--text_file={small_text}", "--max_iters=8",
             "--eval_interval=1", "--save=gpt.pt"]
     (tmp_path / "one").mkdir(), (tmp_path / "two").mkdir()
     one = run(ROOT / "gpt.py", *args, cwd=tmp_path / "one").stdout
@@ -79,8 +79,8 @@ def test_two_processes_follow_one(small_text, tmp_path):
     assert two.returncode == 0, two.stderr
     alone, both = ([float(loss) for loss in re.findall(r"(?m)^step .* val loss (\S+)", out)]
                    for out in (one, two.stdout))
-    assert len(both) == 6 and both == pytest.approx(alone, abs=1e-3)
-    assert both[5] < both[0] - 0.02
+    assert len(both) == 9 and both == pytest.approx(alone, abs=1e-3)
+    assert both[8] < both[0] - 0.05
     for line in ("characters, which begin", "parameters on cpu", "--- sample 1 of 1 ---"):
         assert two.stdout.count(line) == 1
     assert {path.name for path in (tmp_path / "two").iterdir()} <= {"gpt.pt", "gpt.png"}
