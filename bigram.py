@@ -35,8 +35,8 @@ from torch import nn
 
 # %%
 text_file = "input.txt"  # what to learn from: any text in UTF-8
-device = "cuda" if torch.cuda.is_available() else "cpu"  # what computes?
-seed = 1337              # where does chance begin? The same seed gives the same run
+device = "cuda" if torch.cuda.is_available() else "cpu"  # on which device to compute?
+seed = 1337              # of random numbers: the same seed gives the same run
 batch_size = 8           # how many pieces of text are learned from at once?
 block_size = 256         # context length: how many characters does a piece have?
 max_iters = 1500         # training steps: how often are the weights adjusted?
@@ -156,7 +156,8 @@ print(f"{text[:5]!r} becomes {encode(text[:5]).tolist()}")
 if prompt != "-" and not set(prompt) <= set(chars):
     parser.error(f"prompt={prompt!r} has characters that are not in the text")
 
-# The last tenth is never trained on. It tells whether the model learns, or memorises.
+# The last tenth is for *validation*: it is never trained on, and so it tells whether
+# the model learns, or memorises.
 data = encode(text).to(device)
 train_data = data[:int(0.9 * len(data))]
 val_data = data[int(0.9 * len(data)):]
@@ -222,7 +223,7 @@ class LanguageModel(nn.Module):
     def __init__(self):
         super().__init__()
         self.table = nn.Embedding(vocab_size, vocab_size)
-        nn.init.zeros_(self.table.weight)  # at first, all scores are equal
+        nn.init.zeros_(self.table.weight)  # at first, it guesses blindly
 
     def forward(self, idx, targets=None):
         """Return logits (B, T, V) and, where targets (B, T) are given, the loss."""
@@ -237,46 +238,14 @@ class LanguageModel(nn.Module):
 # %% [markdown]
 # ## Model and optimizer
 # Here the model is made; it has learned nothing yet. In each step of the training,
-# an optimizer moves every weight a little against its gradient. AdamW uses a step
-# size of its own for every weight, and pulls each of them slightly to zero as well.
+# an optimizer moves every weight a little against its gradient. AdamW divides each
+# gradient by its usual size, so that every weight moves by about `learning_rate`.
+# It also pulls each of them slightly to zero.
 
 # %%
 torch.manual_seed(seed)
 model = LanguageModel().to(device)
 optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate)]  # one, or more
-
-# %% [markdown]
-# ## Evaluation
-# The loss is always measured on the same pieces, one after the other, so that the
-# same model always gets the same number.
-
-# %%
-@torch.no_grad()
-def estimate_loss(data):
-    """Return the mean loss over data (ids), in nats (ln, not log2) per character."""
-    # A new piece begins every block_size characters, and is one longer for the targets.
-    pieces = data.unfold(0, block_size + 1, block_size)  # (pieces, T+1)
-    total = 0.0
-    for batch in pieces.split(batch_size):
-        logits, loss = model(batch[:, :-1], batch[:, 1:])
-        total += loss.item() * len(batch)
-    if not math.isfinite(total):
-        parser.error("the loss is no longer a number; lower the learning rates")
-    return total / len(pieces)
-
-
-losses = {}  # {step: (training loss, validation loss)}
-
-
-def evaluate(step):
-    """Measure and print the losses after this step, and a short sample."""
-    train_loss = estimate_loss(train_data[:2**15])  # a part of it is enough
-    val_loss = estimate_loss(val_data[:2**18])      # all of it, if it is not huge
-    line = f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
-    print(line.ljust(79))
-    write("", 80, seed)
-    losses[step] = train_loss, val_loss
-
 
 # %% [markdown]
 # ## Writing
@@ -290,7 +259,7 @@ def generate(idx, max_new_tokens, temperature=1.0, top_k=0):
     for _ in range(max_new_tokens):
         logits, _ = model(idx[None, -block_size:])  # (1, T, V), T at most block_size
         logits = logits[0, -1]                      # (V,): scores after the last one
-        logits = logits / max(temperature, 1e-6)    # below 1, likely ones gain
+        logits = logits / max(temperature, 1e-6)    # below 1, likely ones gain; not 0
         if top_k:  # all but the k likeliest become impossible
             least = logits.topk(min(top_k, vocab_size)).values[-1]
             logits = logits.masked_fill(logits < least, -math.inf)
@@ -308,6 +277,39 @@ def write(start, length, seed):
     for new in generate(idx, length, temperature, top_k):
         print(chars[new], end="", flush=True)
     print()
+
+
+# %% [markdown]
+# ## Evaluation
+# The loss is always measured on the same pieces, one after the other, so that the
+# same model always gets the same number.
+
+# %%
+@torch.no_grad()
+def estimate_loss(data):
+    """Return the mean loss over data (ids), in nats (ln, not log2) per character."""
+    # A new piece begins every block_size characters, and is one longer for the targets.
+    pieces = data.unfold(0, size=block_size + 1, step=block_size)  # (pieces, T+1)
+    total = 0.0
+    for batch in pieces.split(batch_size):
+        logits, loss = model(batch[:, :-1], batch[:, 1:])
+        total += loss.item() * len(batch)
+    if not math.isfinite(total):
+        parser.error("the loss is no longer a number; lower the learning rates")
+    return total / len(pieces)
+
+
+losses = {}  # {step: (training loss, validation loss)}
+
+
+def evaluate(step):
+    """Measure and print the losses after this step, and a short sample."""
+    train_loss = estimate_loss(train_data[:2**15])  # a part of it is enough
+    val_loss = estimate_loss(val_data[:2**18])      # all of it, if it is not huge
+    line = f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
+    print(line.ljust(79))  # so that nothing of the status line remains
+    write("", 80, seed)
+    losses[step] = train_loss, val_loss
 
 
 # %% [markdown]

@@ -36,7 +36,7 @@ OWNERS = {"The block": 2, "The GPT": 2, "Part two: what has been found since": 1
 
 # How a line reads before the step: (as it stands in gpt.py, as it stood), each found just once.
 EDITS = {
-    2: [("model = GPT(Block).to(device)  # Step 2",
+    2: [("model = GPT(Block).to(device)  # from Step 2 on",
          "model = LanguageModel().to(device)")],
     3: [("    def __init__(self):\n        super().__init__()\n        self.attention = Head()\n",
          ""),
@@ -46,14 +46,15 @@ EDITS = {
         ("D = n_embd // n_head", "D = n_embd")],
     7: [("self.attention(self.norm1(x))", "self.attention(x)"),
         ("self.feed_forward(self.norm2(x))  # Step 6", "self.feed_forward(x)         # Step 6")],
-    8: [("self.blocks = nn.Sequential(*[block() for _ in range(n_layer)])", "self.block = block()"),
+    8: [("self.blocks = nn.Sequential(*[block_class() for _ in range(n_layer)])",
+         "self.block = block_class()"),
         ("x = self.blocks(x) ", "x = self.block(x)  ")],
     11: [("MultiHeadAttention(NormedHead)", "MultiHeadAttention(RotaryHead)")],
     12: [("MultiHeadAttention(GatedHead)", "MultiHeadAttention(NormedHead)"),
          ("GatedFeedForward()  # Step 12", "FeedForward()")],
     14: [("[torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, muon_lr)]",
           "[torch.optim.AdamW(model.parameters(), lr=learning_rate)]")],
-    15: [("#\n# (What names Step 15 is explained there. Pass over it for now.)\n", "")],
+    15: [("#\n# (The lines marked Step 15 are explained there. Pass over them for now.)\n", "")],
     EXTRA: [
         ('checkpoint["excerpt"] if finished else read_text()  # Extra: a part is enough',
          "read_text()"),
