@@ -297,9 +297,10 @@ for t in range(1, 5):
 
 # %% [markdown]
 # ## What a language model does
-# From the characters so far, it gives each character of the vocabulary a score,
-# also called a *logit*: the higher, the likelier this character comes next. Softmax
-# turns the scores into probabilities, which are positive and add up to 1:
+# From the characters so far, a language model gives each character of the
+# vocabulary a score, also called a *logit*: the higher, the likelier this character
+# comes next. Softmax turns the scores into probabilities, which are positive and
+# add up to 1:
 #
 # probability = exp(score) / (sum of exp over all scores)
 #

@@ -405,20 +405,24 @@ def worth():
 
 
 def walk():
-    """Return the steps one by one: text, losses, two lines of sample, the difference."""
+    """Return the steps one by one: text, losses, the sample, the difference."""
     out = ["### Step 0: a table", "", text_below("What a language model does", "bigram.py"), "",
            text_below("The model: a table", "bigram.py"), "",
            f"Loss: **{mean(0):.3f}**. It writes:", "", "```", sample_of(0), "```", ""]
     for step, title in titles().items():
-        out += [f"### Step {step}: {title}", "", text_of(step), "",
-                f"Loss: {mean(step - 1):.3f} before, **{mean(step):.3f}** after. It writes:", "",
-                "```", sample_of(step), "```", "",
+        # What gpt.py says of the loss would stand just above the same losses.
+        text = re.sub(r"\s+After\s+300\s+steps,\s+the\s+loss\s+is\s+\S+\s+instead\s+of\s+\d\.\d+\.",
+                      "", text_of(step))
+        whole = {9: "a complete GPT", max(titles()): "the whole"}.get(step)
+        sample = results().get(f"300/1337/{step}", ("", ""))[1].strip()
+        if not whole:
+            sample = sample_of(step)
+        out += [f"### Step {step}: {title}", "", text, "",
+                f"Loss: {mean(step - 1):.3f} before, **{mean(step):.3f}** after. "
+                + (f"**This is {whole}.** " if whole else "") + "It writes:", "",
+                "```", sample, "```", "",
                 f"<details><summary>The difference ({lines_of(step)} lines of code)</summary>",
                 "", "```diff", *difference(step), "```", "", "</details>", ""]
-        if step in (9, max(titles())):
-            what = "a complete GPT" if step == 9 else "the whole"
-            out += [f"**This is {what}.** More of what it writes after these 300 steps:",
-                    "", "```", results().get(f"300/1337/{step}", ("", ""))[1].strip(), "```", ""]
     return out
 
 
