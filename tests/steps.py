@@ -398,9 +398,10 @@ def worth():
             "without token shift": "without 13", "without both": "without 3 and 13",
             "AdamW in place of Muon, learning rate 0.002": "without 14, rate 0.002",
             "AdamW in place of Muon, learning rate 0.004": "without 14"}
-    rows = [[title, *(f"{mean(name, iters):.3f}" if found(name, iters) else ""
+    rows = [[title, *(f"{mean(name, iters):.3f} ({', '.join(by_seed(name, iters))})"
+                      if found(name, iters) else ""
                       for iters in (300, 1500))] for title, name in runs.items()]
-    head = ["", "loss after 300 steps", "after 1,500 steps"]
+    head = ["", "loss after 300 steps (seeds)", "after 1,500 steps (seeds)"]
     return ["| " + " | ".join(row) + " |" for row in [head, ["---"] * 3, *rows]] + [""]
 
 
