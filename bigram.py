@@ -56,8 +56,8 @@ learning_rate = 0.05     # how far does one step go?
 
 # %%
 script = Path(vars().get("__file__", "notebook"))
-parser = argparse.ArgumentParser(script.name, argparse.SUPPRESS, allow_abbrev=False,
-                                 argument_default=argparse.SUPPRESS)
+parser = argparse.ArgumentParser(script.name, usage=argparse.SUPPRESS,
+                                 argument_default=argparse.SUPPRESS, allow_abbrev=False)
 kinds = {"text_file": str, "device": str, "prompt": str, "save": str, "load": str,
          "dtype": str, "temperature": float, "learning_rate": float, "dropout": float,
          "muon_lr": float, "momentum": float, "weight_decay": float}  # all others: int
@@ -77,6 +77,7 @@ if __name__ == "__main__" and Path(sys.argv[0]).name in script.parts:  # no note
 vars().update(given)
 for name in glosses:
     value, kind = vars()[name], kinds.get(name, int)
+    # An int will do for a float.
     if type(value) is not kind and (type(value), kind) != (int, float):
         parser.error(f"{name}={value!r} should be of type {kind.__name__}")
     least = 1 if name.startswith("n_") or name.endswith(("_size", "_interval")) else 0
@@ -196,7 +197,7 @@ def get_batch(step):
 
 inputs, targets = get_batch(1)
 for t in range(1, 5):
-    print(f"after {decode(inputs[0, :t])!r} comes {decode(targets[0, t - 1:t])!r}")
+    print(f"after {decode(inputs[0, :t])!r} comes {chars[targets[0, t - 1]]!r}")
 
 # %% [markdown]
 # ## What a language model does
@@ -227,7 +228,7 @@ class LanguageModel(nn.Module):
         nn.init.zeros_(self.table.weight)  # at first, it guesses blindly
 
     def forward(self, idx, targets=None):
-        """Return logits (B, T, V) and, where targets (B, T) are given, the loss."""
+        """Turn idx (B, T) into logits (B, T, V) and, with targets (B, T), the loss."""
         logits = self.table(idx)  # (B, T, V)
         if targets is None:
             return logits, None

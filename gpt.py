@@ -85,8 +85,8 @@ gpu_preset = {"batch_size": 16, "max_iters": 2000, "eval_interval": 400, "n_embd
 
 # %%
 script = Path(vars().get("__file__", "notebook"))
-parser = argparse.ArgumentParser(script.name, argparse.SUPPRESS, allow_abbrev=False,
-                                 argument_default=argparse.SUPPRESS)
+parser = argparse.ArgumentParser(script.name, usage=argparse.SUPPRESS,
+                                 argument_default=argparse.SUPPRESS, allow_abbrev=False)
 kinds = {"text_file": str, "device": str, "prompt": str, "save": str, "load": str,
          "dtype": str, "temperature": float, "learning_rate": float, "dropout": float,
          "muon_lr": float, "momentum": float, "weight_decay": float}  # all others: int
@@ -109,6 +109,7 @@ if "cuda" in str(given.get("device", device)):  # Extra
 vars().update(given)
 for name in glosses:
     value, kind = vars()[name], kinds.get(name, int)
+    # An int will do for a float.
     if type(value) is not kind and (type(value), kind) != (int, float):
         parser.error(f"{name}={value!r} should be of type {kind.__name__}")
     least = 1 if name.startswith("n_") or name.endswith(("_size", "_interval")) else 0
@@ -158,7 +159,7 @@ def read_checkpoint(path):
 
 checkpoint = read_checkpoint(load) if load else None
 if checkpoint:
-    here = 1 if "cuda" in device else 0
+    here = 1 if "cuda" in device else 0  # which of the two in as_written
     for name, value in checkpoint["settings"].items():
         changed = as_written[name][here] != checkpoint["as_written"][name][here]
         if name not in given and not changed:
@@ -293,7 +294,7 @@ def get_batch(step):
 
 inputs, targets = get_batch(1)
 for t in range(1, 5):
-    print(f"after {decode(inputs[0, :t])!r} comes {decode(targets[0, t - 1:t])!r}")
+    print(f"after {decode(inputs[0, :t])!r} comes {chars[targets[0, t - 1]]!r}")
 
 # %% [markdown]
 # ## What a language model does
@@ -336,11 +337,11 @@ class LanguageModel(nn.Module):
         nn.init.zeros_(self.lm_head.weight)  # at first, it guesses blindly
 
     def vectors(self, idx):
-        """Return a vector for each position: ids (B, T) to (B, T, C)."""
+        """Return a vector for each position: idx (B, T) to (B, T, C)."""
         return self.token_embedding(idx)
 
     def forward(self, idx, targets=None):
-        """Return logits (B, T, V) and, where targets (B, T) are given, the loss."""
+        """Turn idx (B, T) into logits (B, T, V) and, with targets (B, T), the loss."""
         x = self.vectors(idx)     # (B, T, C), Step 1
         logits = self.lm_head(x)  # (B, T, V)
         if targets is None:
@@ -569,7 +570,7 @@ class GPT(LanguageModel):
         self.dropout = nn.Dropout1d(dropout)  # Step 9: of whole vectors
 
     def vectors(self, idx):
-        """Return a vector for each position: ids (B, T) to (B, T, C)."""
+        """Return a vector for each position: idx (B, T) to (B, T, C)."""
         x = self.token_embedding(idx)       # (B, T, C)
         x = x + positions[:idx.shape[1]]    # (B, T, C), Step 4
         x = self.dropout(x)                 # (B, T, C), Step 9
@@ -965,7 +966,7 @@ else:
     fast = device == "cpu" and bool(units.get("avx512_bf16") or units.get("amx_bf16"))
 use_bf16 = dtype == "bfloat16" or (dtype == "auto" and fast)
 autocast = torch.autocast(torch.device(device).type, torch.bfloat16, use_bf16,
-                          cache_enabled=False)
+                          cache_enabled=False)  # for the sake of the recording below
 train_step, estimate_loss = autocast(train_step), autocast(estimate_loss)
 
 
@@ -1069,7 +1070,8 @@ def keep(step):
             number = 1
             while file.with_suffix(f".{number}.pt").exists():
                 number += 1
-            print(f"{save} is now", file.rename(file.with_suffix(f".{number}.pt")))
+            moved = file.rename(file.with_suffix(f".{number}.pt"))
+            print(f"{save} is now {moved}")
         unfinished.replace(file)
         ours[save] = file.stat().st_mtime_ns
     except (OSError, RuntimeError) as error:
@@ -1135,7 +1137,7 @@ if torch.distributed.is_torchelastic_launched():
         parser.error(f"{batch_size=} should be a multiple of {world} processes")
     torch.distributed.init_process_group()
     model.register_forward_pre_hook(take_share)
-    optimizers[0].register_step_pre_hook(average_gradients)
+    optimizers[0].register_step_pre_hook(average_gradients)  # it steps first
 
 # %% [markdown]
 # ## Extra: a recording for the GPU

@@ -149,7 +149,7 @@ def test_what_gpt_py_says_its_steps_are_worth():
         text = " ".join(steps.text_of(step).split())
         told = re.search(r"loss is (\S+) instead of (\S+)\.", text).groups()
         assert told == (f"{steps.mean(step):.2f}", f"{steps.mean(step - 1):.2f}"), step
-    told = re.search(r"the loss is (\S+) with four blocks instead of (\S+) with one\.",
+    told = re.search(r"it is (\S+) with four blocks instead of (\S+) with one\.",
                      " ".join(steps.text_of(8).split())).groups()
     assert told == (f"{steps.mean(8, 1200):.2f}", f"{steps.mean(7, 1200):.2f}")
     source = SOURCE["gpt.py"].replace("\n# ", " ")
