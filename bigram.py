@@ -255,7 +255,7 @@ optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate)]  # one, o
 # It is appended to the text, and the model is asked again.
 
 # %%
-@torch.no_grad()
+@torch.inference_mode()  # no gradients are needed here
 def generate(idx, max_new_tokens, temperature=1.0, top_k=0):
     """Continue idx, ids (T,): yield max_new_tokens new ids, one at a time."""
     for _ in range(max_new_tokens):
@@ -287,7 +287,7 @@ def write(start, length, seed):
 # same model always gets the same number.
 
 # %%
-@torch.no_grad()
+@torch.inference_mode()
 def estimate_loss(data):
     """Return the mean loss over data (ids), in nats (ln, not log2) per character."""
     # A new piece begins every block_size characters, and is one longer for the targets.

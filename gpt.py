@@ -597,7 +597,7 @@ optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate)]  # one, o
 # It is appended to the text, and the model is asked again.
 
 # %%
-@torch.no_grad()
+@torch.inference_mode()  # no gradients are needed here
 def generate(idx, max_new_tokens, temperature=1.0, top_k=0):
     """Continue idx, ids (T,): yield max_new_tokens new ids, one at a time."""
     for _ in range(max_new_tokens):
@@ -629,7 +629,7 @@ def write(start, length, seed):
 # same model always gets the same number.
 
 # %%
-@torch.no_grad()
+@torch.inference_mode()
 def estimate_loss(data):
     """Return the mean loss over data (ids), in nats (ln, not log2) per character."""
     # A new piece begins every block_size characters, and is one longer for the targets.
@@ -885,10 +885,11 @@ def equalize(m):
     # The norm (root of the sum of squares) is at least the largest strength: now none
     # is above 1.
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     for _ in range(5):
-        s = x @ x.mT         # so s @ x stands for x^3, and s @ s @ x for x^5
-        x = (3.4445 * identity - 4.7750 * s + 2.0315 * s @ s) @ x
+        s = x @ x.mT  # so s @ x stands for x^3, and s @ s @ x for x^5
+        # baddbmm(a, b, c) is beta * a + alpha * b @ c, for stacks of matrices.
+        p = torch.baddbmm(s, s, s, beta=-4.7750, alpha=2.0315)  # -4.7750 s + 2.0315 s^2
+        x = torch.baddbmm(x, p, x, beta=3.4445)                 # 3.4445 x + p @ x
     return x.mT if tall else x
 
 
@@ -918,12 +919,12 @@ class Muon(torch.optim.Optimizer):
 
             # Matrices with more rows than columns may change more (found by trial).
             rows, columns = weights[0].shape
-            changes *= max(1, rows / columns) ** 0.5
+            changes = max(1, rows / columns) ** 0.5 * changes.float()
 
-            # Pull each weight slightly to zero (weight decay), then change it.
-            for weight, change in zip(weights, changes):
-                weight.mul_(1 - lr * weight_decay)
-                weight.sub_(lr * change)
+            # Pull the weights slightly to zero (weight decay), then change them.
+            # _foreach_ does it to all of a list at once, as torch's own optimizers do.
+            torch._foreach_mul_(weights, 1 - lr * weight_decay)
+            torch._foreach_sub_(weights, changes.unbind(), alpha=lr)
 
 
 # %% [markdown]
