@@ -261,7 +261,7 @@ def generate(idx, max_new_tokens, temperature=1.0, top_k=0):
     for _ in range(max_new_tokens):
         logits, _ = model(idx[None, -block_size:])  # (1, T, V), T at most block_size
         logits = logits[0, -1]                      # (V,): scores after the last one
-        logits = logits / max(temperature, 1e-6)    # below 1, likely ones gain; not 0
+        logits = logits / max(temperature, 1e-6)    # below 1, likely ones gain
         if top_k:  # all but the k likeliest become impossible
             least = logits.topk(min(top_k, vocab_size)).values[-1]
             logits = logits.masked_fill(logits < least, -math.inf)
@@ -309,7 +309,7 @@ def evaluate(step):
     train_loss = estimate_loss(train_data[:2**15])  # a part of it is enough
     val_loss = estimate_loss(val_data[:2**18])      # all of it, if it is not huge
     line = f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
-    print(line.ljust(79))  # so that nothing of the status line remains
+    print(line.ljust(79))  # wide enough to cover the progress line
     write("", 80, seed)
     losses[step] = train_loss, val_loss
 
@@ -351,7 +351,7 @@ evaluate(first_step)
 began = time.time()
 for step in range(first_step + 1, max_iters + 1):
     loss = train_step(step)
-    if step % 10 == 0 and os.isatty(1):  # on a terminal, tell how far it is
+    if step % 10 == 0 and sys.stdout.isatty():  # on a terminal, tell how far it is
         minutes = (time.time() - began) / (step - first_step) / 60  # for one step
         print(f"step {step} of {max_iters}: loss {loss.item():.3f}, "
               f"{minutes * (max_iters - step):4.1f} minutes left ", end="\r")

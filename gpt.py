@@ -438,12 +438,12 @@ class Head(nn.Module):
 # each vector of a character. Think of a row of clocks without numbers. One of them
 # turns by 10 degrees from a position to the next: its hand is at 50 degrees at
 # position 5, and at 40 at position 4. At positions 105 and 104 it is at 330 and
-# 320: again 10 degrees back. So a query can ask for the clock of its own position
-# turned back by 10 degrees: this finds "the one before" everywhere, and is learned
-# once for all. The hand of a clock has two coordinates, a sine and a cosine. Some
-# clocks are fast, to tell near positions apart, and some are slow, for far ones.
-# (Does adding not spoil the character? With so many numbers in a vector, the model
-# learns to keep the two apart.)
+# 320: again 10 degrees back. A linear layer can turn a hand. So a query can ask for
+# its own clocks, turned back by one position: this finds "the one before"
+# everywhere, and is learned once for all. The hand of a clock has two coordinates,
+# a sine and a cosine. Some clocks are fast, to tell near positions apart, and some
+# are slow, for far ones. (Does adding not spoil the character? With so many numbers
+# in a vector, the model learns to keep the two apart.)
 #
 # (After Vaswani et al. 2017. GPT-2 has a table of learned vectors instead, which
 # takes a longer training.)
@@ -588,7 +588,7 @@ class GPT(LanguageModel):
 
 # %%
 torch.manual_seed(seed)
-model = GPT(Block).to(device)  # from Step 2 on
+model = GPT(Block).to(device)  # before Step 2: LanguageModel()
 optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate)]  # one, or more
 
 # %% [markdown]
@@ -603,7 +603,7 @@ def generate(idx, max_new_tokens, temperature=1.0, top_k=0):
     for _ in range(max_new_tokens):
         logits, _ = model(idx[None, -block_size:])  # (1, T, V), T at most block_size
         logits = logits[0, -1]                      # (V,): scores after the last one
-        logits = logits / max(temperature, 1e-6)    # below 1, likely ones gain; not 0
+        logits = logits / max(temperature, 1e-6)    # below 1, likely ones gain
         if top_k:  # all but the k likeliest become impossible
             least = logits.topk(min(top_k, vocab_size)).values[-1]
             logits = logits.masked_fill(logits < least, -math.inf)
@@ -651,7 +651,7 @@ def evaluate(step):
     train_loss = estimate_loss(train_data[:2**15])  # a part of it is enough
     val_loss = estimate_loss(val_data[:2**18])      # all of it, if it is not huge
     line = f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
-    print(line.ljust(79))  # so that nothing of the status line remains
+    print(line.ljust(79))  # wide enough to cover the progress line
     write("", 80, seed)
     losses[step] = train_loss, val_loss
 
@@ -763,9 +763,9 @@ class NormedHead(RotaryHead):
 #
 # In feed-forward with ReLU, each pattern counts by itself. Here, two layers look
 # for patterns, and their results are multiplied: one pattern counts only together
-# with another. Of these two, the gate passes through `F.silu`, a smooth ReLU. The
-# three layers are narrower, so that they have as many weights as the two had: 3 *
-# 8/3 = 2 * 4.
+# with another. One of the two, the gate, passes through `F.silu`, a smooth ReLU.
+# The three layers are narrower (8/3 C instead of 4 C), so that they have as many
+# weights as the two had.
 #
 # After 300 steps, the loss is 1.91 instead of 1.97.
 
@@ -802,7 +802,7 @@ class GatedFeedForward(nn.Module):
 # The characters just before matter most. So what attention and feed-forward read
 # contains them already. Of the numbers in each vector, half stay where they are. A
 # quarter is taken from the position before, and a quarter from the one before that.
-# (Nothing is lost: x itself keeps all its numbers, and which of them go where is
+# (Nothing is lost: x itself keeps all its numbers, and what stands where in it is
 # learned.) (After Peng et al. 2023, arXiv:2305.13048) After 300 steps, the loss is
 # 1.68 instead of 1.91.
 
@@ -823,7 +823,7 @@ def shift(x):
 # The pieces of part two put together. Since queries and keys tell the positions,
 # clocks are no longer added. And these blocks do not begin at zero: the layers that
 # `Block` has set to zero are replaced by new ones. (All losses of part two are
-# measured so. With Muon, see below, it is better.)
+# measured so; with Muon, below, that is better.)
 
 # %%
 class ModernBlock(Block):
@@ -851,14 +851,15 @@ class ModernGPT(GPT):
 
 # %% [markdown]
 # ## Step 14: Muon
-# The gradient of a matrix says how each of its numbers should change. Any such
-# change is a sum of simple ones, each of the kind "where the input looks like this,
-# move the output like that": a column of numbers, times a row, times a strength.
-# (The rows of all these are perpendicular to each other, and so are their columns.)
-# A few of them are strong, and many are weak, though often just as useful. Muon
-# makes all of them equally strong, so that rare things are learned too. (In the
-# language of mathematics, these strengths are the *singular values* of the change,
-# and Muon sets nearly all of them to about 1.)
+# The gradient of a matrix says how each of its numbers changes the loss. Like any
+# matrix of this shape, it is a sum of simple ones, each of the kind "where the
+# input looks like this, move the output like that": a column (the output) times a
+# row (the input), which makes a matrix, times a strength. (All columns and rows
+# have length 1. The columns of different ones are perpendicular, and so are their
+# rows.) A few of them are strong, and many are weak, though often just as useful.
+# Muon makes all of them equally strong, so that rare things are learned too. (In
+# the language of mathematics, these strengths are the *singular values* of the
+# matrix, and Muon sets nearly all of them to about 1.)
 #
 # How is that done? Take a number between 0.01 and 1, put it into this formula, put
 # the result in again, and so on:
@@ -866,28 +867,28 @@ class ModernGPT(GPT):
 # 3.4445 x - 4.7750 x^3 + 2.0315 x^5
 #
 # From 0.01 you get 0.03, 0.12, 0.40, 1.09, 0.70, and from anywhere between 0.01 and
-# 1, five rounds lead to a number between about 0.7 and 1.1 (from below 0.01, to
-# less). Now let x be a matrix. The product x @ x.T @ x is made of the same simple
-# changes, each with its strength to the power of 3: the products of two different
-# ones are 0, as they are perpendicular. So the same formula, in matrices, does this
-# to all strengths at once. (Jordan 2024, kellerjordan.github.io/posts/muon; the
-# three factors were found by search.)
+# 1, five rounds lead to a number between about 0.7 and 1.1 (from much below 0.01,
+# to less). Now let x be a matrix. The product x @ x.T @ x is made of the same
+# simple ones, each with its strength to the power of 3: the products of two
+# different ones are 0, as they are perpendicular. So the same formula, in matrices,
+# does this to all strengths at once. (Jordan 2024,
+# kellerjordan.github.io/posts/muon; the three factors were found by search.)
 #
-# Muon adjusts the matrices in the blocks. All other weights are left to AdamW, also
-# the embedding and `lm_head`: there it does better, as Jordan found. After 300
-# steps, the loss is 1.66 instead of 1.68.
+# Muon adjusts the matrices in the blocks. All other weights are left to AdamW,
+# including the embedding and `lm_head`: there it does better, as Jordan found.
+# After 300 steps, the loss is 1.66 instead of 1.68.
 
 # %%
 def equalize(m):
     """Set nearly all singular values of the matrices m (N, rows, columns) near 1."""
     tall = m.shape[1] > m.shape[2]
-    x = m.mT if tall else m  # on its side, a tall matrix gives a smaller s (below)
+    x = m.mT if tall else m  # on its side (mT: transposed), x @ x.mT is smaller
     # The norm (root of the sum of squares) is at least the largest strength: now none
-    # is above 1.
+    # is above 1. (1e-7 is there in case the norm is 0.)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         s = x @ x.mT  # so s @ x stands for x^3, and s @ s @ x for x^5
-        # baddbmm(a, b, c) is beta * a + alpha * b @ c, for stacks of matrices.
+        # baddbmm(a, b, c) is beta * a + alpha * b @ c in one go, which is faster.
         p = torch.baddbmm(s, s, s, beta=-4.7750, alpha=2.0315)  # -4.7750 s + 2.0315 s^2
         x = torch.baddbmm(x, p, x, beta=3.4445)                 # 3.4445 x + p @ x
     return x.mT if tall else x
@@ -913,16 +914,18 @@ class Muon(torch.optim.Optimizer):
 
             # One batch tells little: take a running mean of the gradients of many
             # steps, where the newest counts 1 - momentum. In the change made now, it
-            # counts nearly twice as much (Nesterov's momentum).
+            # counts nearly twice as much (Nesterov's momentum). lerp(a, share) goes
+            # this share of the way to a.
             mean.lerp_(gradients, 1 - momentum)
-            changes = equalize(mean.lerp(gradients, 1 - momentum))  # (N, rows, columns)
+            newer = mean.lerp(gradients, 1 - momentum)
+            changes = equalize(newer).float()  # (N, rows, columns), float32
 
             # Matrices with more rows than columns may change more (found by trial).
             rows, columns = weights[0].shape
-            changes = max(1, rows / columns) ** 0.5 * changes.float()
+            changes *= max(1, rows / columns) ** 0.5
 
-            # Pull the weights slightly to zero (weight decay), then change them.
-            # _foreach_ does it to all of a list at once, as torch's own optimizers do.
+            # Weight decay: pull all slightly to zero. Then subtract lr * change from each.
+            # (_foreach_ takes a whole list at once, as in torch's own optimizers.)
             torch._foreach_mul_(weights, 1 - lr * weight_decay)
             torch._foreach_sub_(weights, changes.unbind(), alpha=lr)
 
@@ -944,10 +947,10 @@ if part == 2:
 # Long strides at first, then shorter and shorter ones. When the goal is near, long
 # strides would only step over it, back and forth. So the learning rates fall from
 # step to step, towards 0: that is what the lines marked Step 15 in `train_step` do.
-# (This is older than GPTs. It stands here because the model of part one, trained so
-# briefly, gains nothing from it. All losses before are without it. A run of this
-# script with `part = 1` uses it all the same.) After 300 steps, the loss is 1.56
-# instead of 1.66.
+# (`defaults` has the rates as they were given.) (This is older than GPTs. It stands
+# here because the model of part one, trained so briefly, gains nothing from it. All
+# losses before are without it. A run of this script with `part = 1` uses it all the
+# same.) After 300 steps, the loss is 1.56 instead of 1.66.
 
 # %% [markdown]
 # # Extras
@@ -1181,7 +1184,7 @@ if not finished:  # Extra
 began = time.time()
 for step in range(first_step + 1, max_iters + 1):
     loss = train_step(step)
-    if step % 10 == 0 and os.isatty(1):  # on a terminal, tell how far it is
+    if step % 10 == 0 and sys.stdout.isatty():  # on a terminal, tell how far it is
         minutes = (time.time() - began) / (step - first_step) / 60  # for one step
         print(f"step {step} of {max_iters}: loss {loss.item():.3f}, "
               f"{minutes * (max_iters - step):4.1f} minutes left ", end="\r")

@@ -36,7 +36,7 @@ OWNERS = {"The block": 2, "The GPT": 2, "Part two: what has been found since": 1
 
 # How a line reads before the step: (as it stands in gpt.py, as it stood), each found just once.
 EDITS = {
-    2: [("model = GPT(Block).to(device)  # from Step 2 on",
+    2: [("model = GPT(Block).to(device)  # before Step 2: LanguageModel()",
          "model = LanguageModel().to(device)")],
     3: [("    def __init__(self):\n        super().__init__()\n        self.attention = Head()\n",
          ""),
