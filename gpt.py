@@ -924,7 +924,7 @@ class Muon(torch.optim.Optimizer):
             rows, columns = weights[0].shape
             changes *= max(1, rows / columns) ** 0.5
 
-            # Weight decay: pull all slightly to zero. Then subtract lr * change from each.
+            # Weight decay: pull all slightly to zero. Then subtract lr * changes.
             # (_foreach_ takes a whole list at once, as in torch's own optimizers.)
             torch._foreach_mul_(weights, 1 - lr * weight_decay)
             torch._foreach_sub_(weights, changes.unbind(), alpha=lr)
