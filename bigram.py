@@ -255,7 +255,8 @@ optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate)]  # one, o
 # It is appended to the text, and the model is asked again.
 
 # %%
-@torch.inference_mode()  # no gradients are needed here
+# No gradients are needed here.
+@torch.inference_mode()
 def generate(idx, max_new_tokens, temperature=1.0, top_k=0):
     """Continue idx, ids (T,): yield max_new_tokens new ids, one at a time."""
     for _ in range(max_new_tokens):
@@ -309,7 +310,8 @@ def evaluate(step):
     train_loss = estimate_loss(train_data[:2**15])  # a part of it is enough
     val_loss = estimate_loss(val_data[:2**18])      # all of it, if it is not huge
     line = f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
-    print(line.ljust(79))  # wide enough to cover the progress line
+    # Wide enough to cover the progress line.
+    print(line.ljust(79))
     write("", 80, seed)
     losses[step] = train_loss, val_loss
 

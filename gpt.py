@@ -159,7 +159,8 @@ def read_checkpoint(path):
 
 checkpoint = read_checkpoint(load) if load else None
 if checkpoint:
-    here = 1 if "cuda" in device else 0  # which of the two in as_written
+    # Which of the two in as_written?
+    here = 1 if "cuda" in device else 0
     for name, value in checkpoint["settings"].items():
         changed = as_written[name][here] != checkpoint["as_written"][name][here]
         if name not in given and not changed:
@@ -597,7 +598,8 @@ optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate)]  # one, o
 # It is appended to the text, and the model is asked again.
 
 # %%
-@torch.inference_mode()  # no gradients are needed here
+# No gradients are needed here.
+@torch.inference_mode()
 def generate(idx, max_new_tokens, temperature=1.0, top_k=0):
     """Continue idx, ids (T,): yield max_new_tokens new ids, one at a time."""
     for _ in range(max_new_tokens):
@@ -651,7 +653,8 @@ def evaluate(step):
     train_loss = estimate_loss(train_data[:2**15])  # a part of it is enough
     val_loss = estimate_loss(val_data[:2**18])      # all of it, if it is not huge
     line = f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
-    print(line.ljust(79))  # wide enough to cover the progress line
+    # Wide enough to cover the progress line.
+    print(line.ljust(79))
     write("", 80, seed)
     losses[step] = train_loss, val_loss
 
@@ -889,8 +892,9 @@ def equalize(m):
     for _ in range(5):
         s = x @ x.mT  # so s @ x stands for x^3, and s @ s @ x for x^5
         # baddbmm(a, b, c) is beta * a + alpha * b @ c in one go, which is faster.
-        p = torch.baddbmm(s, s, s, beta=-4.7750, alpha=2.0315)  # -4.7750 s + 2.0315 s^2
-        x = torch.baddbmm(x, p, x, beta=3.4445)                 # 3.4445 x + p @ x
+        # So p is -4.7750 s + 2.0315 s @ s, and the new x is 3.4445 x + p @ x.
+        p = torch.baddbmm(s, s, s, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, p, x, beta=3.4445)
     return x.mT if tall else x
 
 
@@ -969,8 +973,9 @@ else:
     units = torch.cpu.get_capabilities()
     fast = device == "cpu" and bool(units.get("avx512_bf16") or units.get("amx_bf16"))
 use_bf16 = dtype == "bfloat16" or (dtype == "auto" and fast)
+# The recording further below must find nothing cached.
 autocast = torch.autocast(torch.device(device).type, torch.bfloat16, use_bf16,
-                          cache_enabled=False)  # for the sake of the recording below
+                          cache_enabled=False)
 train_step, estimate_loss = autocast(train_step), autocast(estimate_loss)
 
 
@@ -1141,7 +1146,8 @@ if torch.distributed.is_torchelastic_launched():
         parser.error(f"{batch_size=} should be a multiple of {world} processes")
     torch.distributed.init_process_group()
     model.register_forward_pre_hook(take_share)
-    optimizers[0].register_step_pre_hook(average_gradients)  # it steps first
+    # Before the first optimizer steps, all gradients are averaged.
+    optimizers[0].register_step_pre_hook(average_gradients)
 
 # %% [markdown]
 # ## Extra: a recording for the GPU
