@@ -241,8 +241,8 @@ class LanguageModel(nn.Module):
 # ## Model and optimizer
 # Here the model is made; it has learned nothing yet. In each step of the training,
 # an optimizer moves every weight a little against its gradient. AdamW divides each
-# gradient by its usual size, so that every weight moves by about `learning_rate`.
-# It also pulls each of them slightly to zero.
+# gradient by its usual size, so that every weight moves by about `learning_rate`,
+# or less. It also pulls every weight slightly towards zero.
 
 # %%
 torch.manual_seed(seed)
@@ -353,7 +353,7 @@ evaluate(first_step)
 began = time.time()
 for step in range(first_step + 1, max_iters + 1):
     loss = train_step(step)
-    if step % 10 == 0 and sys.stdout.isatty():  # on a terminal, tell how far it is
+    if step % 10 == 0 and os.isatty(1):  # on a terminal, tell how far it is
         minutes = (time.time() - began) / (step - first_step) / 60  # for one step
         print(f"step {step} of {max_iters}: loss {loss.item():.3f}, "
               f"{minutes * (max_iters - step):4.1f} minutes left ", end="\r")

@@ -12,8 +12,8 @@ On a first reading, look at the hyperparameters, go on at "The text", stop where
 one ends, and look at "The run" near the end: this is a complete GPT, and its training.
 Part two is what has been found since. What is called "Extra" teaches nothing about
 GPTs. Of what you skip, some names come up again: `parser.error` ends the script with a
-message, `script` is this file, `given` are the options given. `checkpoint`,
-`finished` and `first_step` are about going on with an earlier run.
+message, `script` is this file, `given` has the options of the command line.
+`checkpoint`, `finished` and `first_step` are about going on with an earlier run.
 
 bigram.py is this script with the simplest model there is, and each "Step" is one idea
 on the way from there to here. (In the repository, tests/steps.py writes each step as a
@@ -321,7 +321,7 @@ for t in range(1, 5):
 # Characters that behave alike can become alike. A linear layer, `lm_head`, then
 # turns a vector into scores. (On its own, this can say no more than the table,
 # which has a row for each character already. But from now on there are vectors, to
-# which more can be added. A table stands a learning rate of 0.05; what follows
+# which more can be added. A table can stand a learning rate of 0.05; what follows
 # needs a smaller one.)
 #
 # Most of the later steps change how the vectors are made. So this is a method of
@@ -441,10 +441,10 @@ class Head(nn.Module):
 # position 5, and at 40 at position 4. At positions 105 and 104 it is at 330 and
 # 320: again 10 degrees back. A linear layer can turn a hand. So a query can ask for
 # its own clocks, turned back by one position: this finds "the one before"
-# everywhere, and is learned once for all. The hand of a clock has two coordinates,
-# a sine and a cosine. Some clocks are fast, to tell near positions apart, and some
-# are slow, for far ones. (Does adding not spoil the character? With so many numbers
-# in a vector, the model learns to keep the two apart.)
+# everywhere, and is learned once, for all positions. The hand of a clock has two
+# coordinates, a sine and a cosine. Some clocks are fast, to tell near positions
+# apart, and some are slow, for far ones. (Does adding not spoil the character? With
+# so many numbers in a vector, the model learns to keep the two apart.)
 #
 # (After Vaswani et al. 2017. GPT-2 has a table of learned vectors instead, which
 # takes a longer training.)
@@ -584,8 +584,8 @@ class GPT(LanguageModel):
 # ## Model and optimizer
 # Here the model is made; it has learned nothing yet. In each step of the training,
 # an optimizer moves every weight a little against its gradient. AdamW divides each
-# gradient by its usual size, so that every weight moves by about `learning_rate`.
-# It also pulls each of them slightly to zero.
+# gradient by its usual size, so that every weight moves by about `learning_rate`,
+# or less. It also pulls every weight slightly towards zero.
 
 # %%
 torch.manual_seed(seed)
@@ -825,7 +825,7 @@ def shift(x):
 # ## The modern GPT
 # The pieces of part two put together. Since queries and keys tell the positions,
 # clocks are no longer added. And these blocks do not begin at zero: the layers that
-# `Block` has set to zero are replaced by new ones. (All losses of part two are
+# `Block` has set to zero are replaced by new ones. (All losses from Step 10 on are
 # measured so; with Muon, below, that is better.)
 
 # %%
@@ -859,10 +859,10 @@ class ModernGPT(GPT):
 # input looks like this, move the output like that": a column (the output) times a
 # row (the input), which makes a matrix, times a strength. (All columns and rows
 # have length 1. The columns of different ones are perpendicular, and so are their
-# rows.) A few of them are strong, and many are weak, though often just as useful.
-# Muon makes all of them equally strong, so that rare things are learned too. (In
-# the language of mathematics, these strengths are the *singular values* of the
-# matrix, and Muon sets nearly all of them to about 1.)
+# rows.) A few of the simple ones are strong, and many are weak, though often just
+# as useful. Muon makes all of them equally strong, so that rare things are learned
+# too. (In the language of mathematics, these strengths are the *singular values* of
+# the matrix, and Muon sets nearly all of them to about 1.)
 #
 # How is that done? Take a number between 0.01 and 1, put it into this formula, put
 # the result in again, and so on:
@@ -878,14 +878,14 @@ class ModernGPT(GPT):
 # kellerjordan.github.io/posts/muon; the three factors were found by search.)
 #
 # Muon adjusts the matrices in the blocks. All other weights are left to AdamW,
-# including the embedding and `lm_head`: there it does better, as Jordan found.
+# including the embedding and `lm_head`: there AdamW does better, as Jordan found.
 # After 300 steps, the loss is 1.66 instead of 1.68.
 
 # %%
 def equalize(m):
     """Set nearly all singular values of the matrices m (N, rows, columns) near 1."""
     tall = m.shape[1] > m.shape[2]
-    x = m.mT if tall else m  # on its side (mT: transposed), x @ x.mT is smaller
+    x = m.mT if tall else m  # on its side (mT: transposed), it has a smaller s
     # The norm (root of the sum of squares) is at least the largest strength: now none
     # is above 1. (1e-7 is there in case the norm is 0.)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -913,7 +913,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             weights, lr = group["params"], group["lr"]
             gradients = torch.stack([weight.grad for weight in weights])
-            state = self.state[weights[0]]  # kept between steps, under the first one
+            state = self.state[weights[0]]  # kept between steps, under the first weight
             mean = state.setdefault("mean", torch.zeros_like(gradients))
 
             # One batch tells little: take a running mean of the gradients of many
@@ -928,7 +928,7 @@ class Muon(torch.optim.Optimizer):
             rows, columns = weights[0].shape
             changes *= max(1, rows / columns) ** 0.5
 
-            # Weight decay: pull all slightly to zero. Then subtract lr * changes.
+            # Weight decay: pull all slightly towards zero. Then subtract lr * changes.
             # (_foreach_ takes a whole list at once, as in torch's own optimizers.)
             torch._foreach_mul_(weights, 1 - lr * weight_decay)
             torch._foreach_sub_(weights, changes.unbind(), alpha=lr)
@@ -951,10 +951,12 @@ if part == 2:
 # Long strides at first, then shorter and shorter ones. When the goal is near, long
 # strides would only step over it, back and forth. So the learning rates fall from
 # step to step, towards 0: that is what the lines marked Step 15 in `train_step` do.
-# (`defaults` has the rates as they were given.) (This is older than GPTs. It stands
-# here because the model of part one, trained so briefly, gains nothing from it. All
-# losses before are without it. A run of this script with `part = 1` uses it all the
-# same.) After 300 steps, the loss is 1.56 instead of 1.66.
+# (`defaults` has the rates as they were given.)
+#
+# Such schedules are older than GPTs. This one stands here because the model of part
+# one, trained so briefly, gains nothing from it. All losses named before are
+# without it. A run of this script with `part = 1` uses it all the same. After 300
+# steps, the loss is 1.56 instead of 1.66.
 
 # %% [markdown]
 # # Extras
@@ -1098,7 +1100,7 @@ interrupted = []  # not empty after Ctrl-C
 
 
 def on_ctrl_c(number, frame):
-    """Remember it. A second one, or one before the first step, ends all at once."""
+    """Remember it. A second one, or one before any losses, ends the script at once."""
     if not losses:
         usual(number, frame)
     interrupted.append(number)
@@ -1146,7 +1148,7 @@ if torch.distributed.is_torchelastic_launched():
         parser.error(f"{batch_size=} should be a multiple of {world} processes")
     torch.distributed.init_process_group()
     model.register_forward_pre_hook(take_share)
-    # Before the first optimizer steps, all gradients are averaged.
+    # Before the first optimizer makes its step, all gradients are averaged.
     optimizers[0].register_step_pre_hook(average_gradients)
 
 # %% [markdown]
@@ -1190,7 +1192,7 @@ if not finished:  # Extra
 began = time.time()
 for step in range(first_step + 1, max_iters + 1):
     loss = train_step(step)
-    if step % 10 == 0 and sys.stdout.isatty():  # on a terminal, tell how far it is
+    if step % 10 == 0 and os.isatty(1):  # on a terminal, tell how far it is
         minutes = (time.time() - began) / (step - first_step) / 60  # for one step
         print(f"step {step} of {max_iters}: loss {loss.item():.3f}, "
               f"{minutes * (max_iters - step):4.1f} minutes left ", end="\r")
@@ -1210,6 +1212,7 @@ for step in range(first_step + 1, max_iters + 1):
 # %%
 signal.signal(signal.SIGINT, usual)
 model.load_state_dict(best["weights"])
+model.eval()  # in case the training was cut off
 print(f"the best model (step {best['step']}, val loss {best['val_loss']:.4f}) writes:")
 if world > 1:
     torch.distributed.destroy_process_group()

@@ -102,6 +102,7 @@ BARE = [
     (r"if prompt != .*\n    parser.*\n", ""),
     (r"if len\(val_data\) .*\n    parser.*\n.*\n", ""),
     (r"    if not math.isfinite.*\n    .*\n", ""),
+    (r"    # Wide enough .*\n    print\(line\.ljust\(79\)\)", "    print(line)"),
     (r"began = time.*\n", ""),
     (r"    if step % 10 == 0 [\s\S]*?end=.*\n", ""),
     (r"for start in sys.stdin [\s\S]*", "write(prompt, max_new_tokens, seed)\n"),
