@@ -484,7 +484,7 @@ class MultiHeadAttention(nn.Module):
 # it has. A linear layer looks for `4 * n_embd` patterns in the vector. ReLU sets
 # negative numbers (patterns that are not there) to 0. A second linear layer turns
 # the patterns that are there into conclusions. Without ReLU in between, two linear
-# layers could do no more than one. Most of the weights of a GPT are here.
+# layers could do no more than one. Most of the weights of a block are here.
 
 # %%
 class FeedForward(nn.Module):
@@ -668,7 +668,7 @@ def evaluate(step):
 #     for step in range(1, max_iters + 1):
 #         train_step(step)
 #
-# (The lines marked Step 15 are explained there. Pass over them for now.)
+# (The lines marked Step 15 are explained in Step 15. Pass over them for now.)
 
 # %%
 def train_step(step):
@@ -692,8 +692,8 @@ def train_step(step):
 # # Part two: what has been found since
 # This was a whole GPT: GPT-2 of 2019 is made in this way, only much larger. (It
 # reads pieces of words. It has GELU, a smoother ReLU; a learned table of positions;
-# and one matrix for both embedding and `lm_head`.) You can stop here. The cell "The
-# run" near the end trains it with `part = 1`. The model of GPT-2 has none of the
+# and one matrix for both embedding and `lm_head`.) You can stop here: the cell "The
+# run" near the end trains it, if `part` is 1. The model of GPT-2 has none of the
 # pieces that follow. Each step brings one idea, most of them by replacing one
 # method.
 #
@@ -954,7 +954,7 @@ if part == 2:
 # (`defaults` has the rates as they were given.)
 #
 # Such schedules are older than GPTs. This one stands here because the model of part
-# one, trained so briefly, gains nothing from it. All losses named before are
+# one, trained so briefly, gains nothing from it. All losses of the steps before are
 # without it. A run of this script with `part = 1` uses it all the same. After 300
 # steps, the loss is 1.56 instead of 1.66.
 

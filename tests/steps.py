@@ -54,7 +54,8 @@ EDITS = {
          ("GatedFeedForward()  # Step 12", "FeedForward()")],
     14: [("[torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, muon_lr)]",
           "[torch.optim.AdamW(model.parameters(), lr=learning_rate)]")],
-    15: [("#\n# (The lines marked Step 15 are explained there. Pass over them for now.)\n", "")],
+    15: [("#\n# (The lines marked Step 15 are explained in Step 15. Pass over them for now.)\n",
+          "")],
     EXTRA: [
         ('checkpoint["excerpt"] if finished else read_text()  # Extra: a part is enough',
          "read_text()"),
@@ -399,10 +400,13 @@ def worth():
             "without token shift": "without 13", "without both": "without 3 and 13",
             "AdamW in place of Muon, learning rate 0.002": "without 14, rate 0.002",
             "AdamW in place of Muon, learning rate 0.004": "without 14"}
-    rows = [[title, *(f"{mean(name, iters):.3f} ({', '.join(by_seed(name, iters))})"
-                      if found(name, iters) else ""
-                      for iters in (300, 1500))] for title, name in runs.items()]
-    head = ["", "loss after 300 steps (seeds)", "after 1,500 steps (seeds)"]
+    rows, head = [[title] for title in runs], [""]
+    for iters in (300, 1500):  # all on the seeds on which attention was taken out
+        seeds = list(by_seed("without 3", iters))
+        head.append(f"loss after {iters:,} steps (seeds: {', '.join(seeds)})")
+        for row, name in zip(rows, runs.values()):
+            losses = [loss for seed, loss in by_seed(name, iters).items() if seed in seeds]
+            row.append(f"{sum(losses) / len(losses):.3f}" if losses else "")
     return ["| " + " | ".join(row) + " |" for row in [head, ["---"] * 3, *rows]] + [""]
 
 
@@ -415,7 +419,7 @@ def walk():
         # What gpt.py says of the loss would stand just above the same losses.
         text = re.sub(r"\s+After\s+300\s+steps,\s+the\s+loss\s+is\s+\S+\s+instead\s+of\s+\d\.\d+\.",
                       "", text_of(step))
-        whole = {9: "a complete GPT", max(titles()): "the whole"}.get(step)
+        whole = {9: "a complete GPT", max(titles()): "gpt.py without its extras"}.get(step)
         sample = results().get(f"300/1337/{step}", ("", ""))[1].strip()
         if not whole:
             sample = sample_of(step)
