@@ -870,12 +870,12 @@ class ModernGPT(GPT):
 # 3.4445 x - 4.7750 x^3 + 2.0315 x^5
 #
 # From 0.01 you get 0.03, 0.12, 0.40, 1.09, 0.70, and from anywhere between 0.01 and
-# 1, five rounds lead to a number between about 0.7 and 1.1 (from much below 0.01,
-# to less). Now let x be a matrix. The product x @ x.T @ x is made of the same
-# simple ones, each with its strength to the power of 3: the products of two
-# different ones are 0, as they are perpendicular. So the same formula, in matrices,
-# does this to all strengths at once. (Jordan 2024,
-# kellerjordan.github.io/posts/muon; the three factors were found by search.)
+# 1, five rounds lead to a number between about 0.7 and 1.1 (much smaller ones end
+# lower). Now let x be a matrix. The product x @ x.T @ x is made of the same simple
+# ones, each with its strength to the power of 3: the products of two different ones
+# are 0, as they are perpendicular. So the same formula, in matrices, does this to
+# all strengths at once. (Jordan 2024, kellerjordan.github.io/posts/muon; the three
+# factors were found by search.)
 #
 # Muon adjusts the matrices in the blocks. All other weights are left to AdamW,
 # including the embedding and `lm_head`: there AdamW does better, as Jordan found.
@@ -918,8 +918,8 @@ class Muon(torch.optim.Optimizer):
 
             # One batch tells little: take a running mean of the gradients of many
             # steps, where the newest counts 1 - momentum. In the change made now, it
-            # counts nearly twice as much (Nesterov's momentum). lerp(a, share) goes
-            # this share of the way to a.
+            # counts nearly twice as much (Nesterov's momentum). mean.lerp(a, share)
+            # goes this share of the way from mean to a; lerp_ changes mean itself.
             mean.lerp_(gradients, 1 - momentum)
             newer = mean.lerp(gradients, 1 - momentum)
             changes = equalize(newer).float()  # (N, rows, columns), float32
