@@ -129,6 +129,49 @@ def test_batches_read_all_of_the_text_before_any_of_it_twice(space, monkeypatch)
     assert len(cuts) == 3  # the next pass cuts elsewhere
 
 
+def test_names_change_places_and_nothing_else_does(tmp_path):
+    """Step 16, word by word: the same words but for names, of which each has one other name."""
+    text = TEXT[:40000] + "\n\nTYBALT:\nTybalt!"  # whom only validation knows
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    space = names("gpt.py", tmp_path, text_file="text.txt", max_iters=1, block_size=2000)
+    known = {"COMINIUS", "LARTIUS", "VALERIA", "TITUS", "VIRGILIA", "MENENIUS", "CORIOLANUS",
+             "SICINIUS", "BRUTUS", "CAIUS", "MARCIUS", "AUFIDIUS"}
+    assert sorted(space["names"]) == sorted(known)  # Volumnia is only in capitals here
+    found = set()
+    for seed in range(40):
+        for start in (0, 3001, 20000):
+            torch.manual_seed(seed)
+            changed = space["renamed_piece"](start)
+            torch.manual_seed(seed)
+            assert torch.equal(changed, space["renamed_piece"](start))  # chance is the seed's only
+            before, after = TEXT[start:start + 2001], space["decode"](changed.tolist())
+            assert len(after) == len(before) and re.sub(r"\w", "x", before) == re.sub(
+                r"\w", "x", after)
+            other = {}
+            for old, new in zip(re.findall(r"\w+", before), re.findall(r"\w+", after)):
+                if old.upper() in known and old in (old.upper(), old.title()):
+                    assert new.isupper() == old.isupper() and new.upper() in known
+                    assert other.setdefault(old.upper(), new.upper()) == new.upper()
+                else:
+                    assert old == new
+            assert len(set(other.values())) == len(other)  # no two get the same name
+            found |= set(other.items())
+    assert len({old for old, _ in found}) > 5
+    for name in {old for old, _ in found}:  # each becomes any one of its length, itself too
+        assert {new for old, new in found if old == name} == {
+            new for new in known if len(new) == len(name)}
+
+
+@pytest.mark.parametrize("content", [
+    "abc def\n" * 99, "\u00dfA\u0130B \u00dfa\u0130b, ABC xyz\n" * 50,
+    "ABC Abc abc XYZ Xyz xyz\n" * 80, "ABC Abc A12 B34 DEF\n" * 60])
+def test_a_text_without_two_names_stays_as_it_is(content, tmp_path):
+    (tmp_path / "text.txt").write_text(content, encoding="utf-8")
+    space = names("gpt.py", tmp_path, text_file="text.txt", max_iters=1, block_size=8)
+    for i in range(60):
+        assert torch.equal(space["renamed_piece"](i), space["train_data"][i:i + 9])
+
+
 def test_a_longer_training_begins_with_the_same_batches(space, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT[:3000], encoding="utf-8")
     short = names("gpt.py", tmp_path, text_file="text.txt", max_iters=60)
