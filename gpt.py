@@ -293,7 +293,7 @@ def get_batch(step, piece=plain_piece):  # Step 16: piece
         starts.extend((shuffled + offset).tolist())
 
     dealt = starts[(step - 1) * batch_size:step * batch_size]
-    torch.manual_seed(seed + step)  # Step 16: chance depends on the step only
+    torch.manual_seed(seed + step)  # Step 16: names depend on seed and step
     pieces = torch.stack([piece(i) for i in dealt])  # (B, T+1)
     return pieces[:, :-1], pieces[:, 1:]
 
@@ -968,24 +968,24 @@ if part == 2:
 # %% [markdown]
 # ## Step 16: data augmentation
 # Most of the people in the text of validation hardly occur in that of training. So
-# there, it is of no use to know by heart who speaks with whom. But training rewards
-# just that, as it reads the same text several times. *Data augmentation* changes
-# the text a little at each reading, in a way that keeps it good text. Here, names
-# change places: in one piece, every `ROMEO` becomes `HENRY`, and `Romeo` becomes
-# `Henry`; in the next piece, it may be another name. Now the model has to look back
-# to see who is there, and this is of use with any names. (The price: it no longer
-# knows that Romeo loves Juliet.)
+# there, it is of no use to know who speaks with whom. But in training this pays,
+# since the same people talk for a whole play. *Data augmentation* changes the text
+# a little at each reading, in a way that leaves it good text, or nearly. Here,
+# names change places: in one piece, every `ROMEO` becomes `HENRY`, and `Romeo`
+# becomes `Henry`; in the next piece, it may be another name. Now the model has to
+# look back to see who is there, and this is of use with any names. (The price: it
+# no longer knows that Romeo loves Juliet.)
 #
 # The name that takes the place of another has the same length, so that the piece
-# keeps its length. `train_step` asks for batches of such pieces. Evaluation does
-# not.
+# keeps its length. `train_step` asks for batches of such pieces. All else has the
+# text as it is.
 #
-# After 300 steps, the loss is 1.52 instead of 1.56. Most of the difference is in
-# the lines that say who speaks.
+# After 300 steps, the loss is 1.52 instead of 1.56. Most of the gain is in the
+# lines that say who speaks.
 
 # %%
-# Names stand in the text as ROMEO (who speaks) and as Romeo, but never as romeo. So
-# KING is none.
+# Names stand in the text as ROMEO (who speaks) and as Romeo, but never as romeo.
+# (KING is left out, since there is also king.) A set has no fixed order: sort it.
 train_text = text[:len(train_data)]
 words = {match[0] for match in re.finditer(r"\w{3,}", train_text)}  # 3 letters or more
 capitals = {word for word in words if word.isupper()}
