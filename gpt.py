@@ -280,7 +280,7 @@ cuts = torch.arange(0, len(train_data) - 2 * block_size, block_size)
 starts = []  # where the pieces begin, in the order in which they are dealt
 
 
-def plain_piece(i):  # Step 16
+def plain_piece(i):  # Step 16 has another one
     """Return the piece of the training text that begins at i: ids (T+1,)."""
     return train_data[i:i + block_size + 1]
 
