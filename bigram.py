@@ -183,15 +183,19 @@ cuts = torch.arange(0, len(train_data) - 2 * block_size, block_size)
 starts = []  # where the pieces begin, in the order in which they are dealt
 
 
-def get_batch(step):
-    """Return the inputs and the targets of this step (1, 2, ...), both (B, T)."""
+def deal(step):
+    """Return where the pieces of this step (1, 2, ...) begin: B positions."""
     while len(starts) < step * batch_size:  # too few: cut anew, and shuffle
         offset = torch.randint(block_size, (1,), generator=chance)
         shuffled = cuts[torch.randperm(len(cuts), generator=chance)]
         starts.extend((shuffled + offset).tolist())
+    return starts[(step - 1) * batch_size:step * batch_size]
 
-    dealt = starts[(step - 1) * batch_size:step * batch_size]
-    pieces = torch.stack([train_data[i:i + block_size + 1] for i in dealt])  # (B, T+1)
+
+def get_batch(step):
+    """Return the inputs and the targets of this step, both (B, T)."""
+    pieces = [train_data[i:i + block_size + 1] for i in deal(step)]
+    pieces = torch.stack(pieces)  # (B, T+1)
     return pieces[:, :-1], pieces[:, 1:]
 
 

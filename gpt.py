@@ -280,21 +280,19 @@ cuts = torch.arange(0, len(train_data) - 2 * block_size, block_size)
 starts = []  # where the pieces begin, in the order in which they are dealt
 
 
-def plain_piece(i):  # Step 16 has another one
-    """Return the piece of the training text that begins at i: ids (T+1,)."""
-    return train_data[i:i + block_size + 1]
-
-
-def get_batch(step, piece=plain_piece):  # Step 16: piece
-    """Return the inputs and the targets of this step (1, 2, ...), both (B, T)."""
+def deal(step):
+    """Return where the pieces of this step (1, 2, ...) begin: B positions."""
     while len(starts) < step * batch_size:  # too few: cut anew, and shuffle
         offset = torch.randint(block_size, (1,), generator=chance)
         shuffled = cuts[torch.randperm(len(cuts), generator=chance)]
         starts.extend((shuffled + offset).tolist())
+    return starts[(step - 1) * batch_size:step * batch_size]
 
-    dealt = starts[(step - 1) * batch_size:step * batch_size]
-    torch.manual_seed(seed + step)  # Step 16: names depend on seed and step
-    pieces = torch.stack([piece(i) for i in dealt])  # (B, T+1)
+
+def get_batch(step):
+    """Return the inputs and the targets of this step, both (B, T)."""
+    pieces = [train_data[i:i + block_size + 1] for i in deal(step)]
+    pieces = torch.stack(pieces)  # (B, T+1)
     return pieces[:, :-1], pieces[:, 1:]
 
 
@@ -678,7 +676,7 @@ def evaluate(step):
 # %%
 def train_step(step):
     """Adjust all weights once, by the batch of this step; return its loss."""
-    inputs, targets = get_batch(step, renamed_piece)  # Step 16
+    inputs, targets = get_renamed_batch(step)  # Step 16
     model.train()          # Step 9: with dropout
     logits, loss = model(inputs, targets)
     model.zero_grad()      # forget the gradients of the step before
@@ -977,8 +975,8 @@ if part == 2:
 # no longer knows that Romeo loves Juliet.)
 #
 # The name that takes the place of another has the same length, so that the piece
-# keeps its length. `train_step` asks for batches of such pieces. All else has the
-# text as it is.
+# keeps its length. `train_step` gets its batches from here. All else has the text as
+# it is.
 #
 # After 300 steps, the loss is 1.52 instead of 1.56. Most of the gain is in the
 # lines that say who speaks.
@@ -995,8 +993,8 @@ names = [word for word in sorted(capitals)
 names.sort(key=len)  # short ones first
 
 
-def renamed_piece(i):
-    """Return the piece of the training text that begins at i, with other names."""
+def rename(piece):
+    """Return this piece of the text (a string) with other names in it."""
     # Shuffle the names, and sort them by length again. Those of equal length stay
     # shuffled, and each now stands where `names` has a name of its length.
     others = [names[n] for n in torch.randperm(len(names)).tolist()]
@@ -1009,8 +1007,15 @@ def renamed_piece(i):
         word = match[0]
         return exchange.get(word, word)
 
-    original = train_text[i:i + block_size + 1]
-    return encode(re.sub(r"\w+", other, original)).to(device)  # (T+1,)
+    return re.sub(r"\w+", other, piece)
+
+
+def get_renamed_batch(step):
+    """Return what get_batch does, but with names exchanged in each piece."""
+    torch.manual_seed(seed + step)  # the names depend on the seed and the step alone
+    pieces = [rename(train_text[i:i + block_size + 1]) for i in deal(step)]
+    pieces = torch.stack([encode(piece) for piece in pieces]).to(device)  # (B, T+1)
+    return pieces[:, :-1], pieces[:, 1:]
 
 
 # %% [markdown]

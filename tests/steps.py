@@ -56,10 +56,7 @@ EDITS = {
           "[torch.optim.AdamW(model.parameters(), lr=learning_rate)]")],
     15: [("#\n# (The lines marked Step 15 are explained in Step 15. Pass over them for now.)\n",
           "")],
-    16: [("def get_batch(step, piece=plain_piece):  # Step 16: piece", "def get_batch(step):"),
-         ("torch.stack([piece(i) for i in dealt])",
-          "torch.stack([train_data[i:i + block_size + 1] for i in dealt])"),
-         ("get_batch(step, renamed_piece)  # Step 16", "get_batch(step)"),
+    16: [("get_renamed_batch(step)  # Step 16", "get_batch(step)"),
          ("marked Step 15 or 16 are explained there.", "marked Step 15 are explained in Step 15.")],
     EXTRA: [
         ('checkpoint["excerpt"] if finished else read_text()  # Extra: a part is enough',

@@ -140,11 +140,11 @@ def test_names_change_places_and_nothing_else_does(tmp_path):
     found = set()
     for seed in range(40):
         for start in (0, 3001, 20000):
+            before = TEXT[start:start + 2001]
             torch.manual_seed(seed)
-            changed = space["renamed_piece"](start)
+            after = space["rename"](before)
             torch.manual_seed(seed)
-            assert torch.equal(changed, space["renamed_piece"](start))  # chance is the seed's only
-            before, after = TEXT[start:start + 2001], space["decode"](changed.tolist())
+            assert after == space["rename"](before)  # chance is the seed's only
             assert len(after) == len(before) and re.sub(r"\w", "x", before) == re.sub(
                 r"\w", "x", after)
             other = {}
@@ -169,7 +169,29 @@ def test_a_text_without_two_names_stays_as_it_is(content, tmp_path):
     (tmp_path / "text.txt").write_text(content, encoding="utf-8")
     space = names("gpt.py", tmp_path, text_file="text.txt", max_iters=1, block_size=8)
     for i in range(60):
-        assert torch.equal(space["renamed_piece"](i), space["train_data"][i:i + 9])
+        assert space["rename"](content[i:]) == content[i:]
+
+
+def test_the_pieces_trained_on_are_those_of_the_text_with_other_names(tmp_path):
+    text = "ROMEO:\nO Henry, Paris!\n\nPARIS:\nRomeo?\n\nHENRY:\nNo.\n\n" * 60
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    space = names("gpt.py", tmp_path, text_file="text.txt", max_iters=1, block_size=64)
+
+    def pieces(function, step):
+        inputs, targets = space[function](step)
+        assert torch.equal(inputs[:, 1:], targets[:, :-1])
+        return [space["decode"](ids) for ids in torch.cat([inputs, targets[:, -1:]], 1).tolist()]
+
+    heard = set()
+    for step in range(1, 51):
+        plain, renamed = pieces("get_batch", step), pieces("get_renamed_batch", step)
+        assert renamed == pieces("get_renamed_batch", step)  # chance is the seed's and the step's
+        for before, after in zip(plain, renamed):
+            before, after = (re.sub(r"(?i)\b(romeo|henry|paris)\b", "?", piece)
+                             for piece in (before, after))
+            assert before == after
+        heard |= set(renamed)
+    assert len(heard) > 150  # 400 pieces, from about 60 places, in which names have 6 orders
 
 
 def test_a_longer_training_begins_with_the_same_batches(space, tmp_path):
