@@ -67,6 +67,7 @@ if __name__ == "__main__" and Path(sys.argv[0]).name in script.parts:  # no note
     source = inspect.getsource(sys.modules["__main__"]).split("## Options")[0]
     glosses = dict(re.findall(r"(?m)^(\w+) = .+? # (.+)", source))
     for name, gloss in glosses.items():
+        gloss = gloss.replace("%", "%%")  # as argparse wants it
         parser.add_argument(f"--{name}", type=kinds.get(name, int), help=gloss)
     given = vars(parser.parse_args())
 
