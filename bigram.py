@@ -179,7 +179,7 @@ if len(val_data) <= block_size:
 
 # %%
 chance = torch.Generator().manual_seed(seed)
-# At the end, this leaves room for the offset (below), and for a whole piece.
+# Behind the last of them is room for the offset (below), and for a whole piece.
 cuts = torch.arange(0, len(train_data) - 2 * block_size, block_size)
 starts = []  # where the pieces begin, in the order in which they are dealt
 
@@ -216,6 +216,10 @@ for t in range(1, 5):
 # The *loss* is -ln(probability of the character that really came), averaged over
 # all positions. Guessing blindly among 63 characters gives a loss of ln(63) = 4.14.
 # A loss of 1.4 means being as unsure as among exp(1.4) = 4 characters.
+#
+# To train a model is to make its loss small. The *gradient* of a weight tells by
+# how much the loss rises if this weight rises a little. PyTorch computes it for all
+# weights at once, from the loss back through the model (backpropagation).
 
 # %% [markdown]
 # ## The model: a table
@@ -246,8 +250,9 @@ class LanguageModel(nn.Module):
 # ## Model and optimizer
 # Here the model is made; it has learned nothing yet. In each step of the training,
 # an optimizer moves every weight a little against its gradient. AdamW divides each
-# gradient by its usual size, so that every weight moves by about `learning_rate`,
-# or less. It also pulls every weight slightly towards zero.
+# gradient by its usual size, so that every weight moves by about `learning_rate`
+# (by less where the gradient keeps changing its sign). It also pulls every weight
+# slightly towards zero.
 
 # %%
 torch.manual_seed(seed)

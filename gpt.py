@@ -276,7 +276,7 @@ if len(val_data) <= block_size:
 
 # %%
 chance = torch.Generator().manual_seed(seed)
-# At the end, this leaves room for the offset (below), and for a whole piece.
+# Behind the last of them is room for the offset (below), and for a whole piece.
 cuts = torch.arange(0, len(train_data) - 2 * block_size, block_size)
 starts = []  # where the pieces begin, in the order in which they are dealt
 
@@ -313,6 +313,10 @@ for t in range(1, 5):
 # The *loss* is -ln(probability of the character that really came), averaged over
 # all positions. Guessing blindly among 63 characters gives a loss of ln(63) = 4.14.
 # A loss of 1.4 means being as unsure as among exp(1.4) = 4 characters.
+#
+# To train a model is to make its loss small. The *gradient* of a weight tells by
+# how much the loss rises if this weight rises a little. PyTorch computes it for all
+# weights at once, from the loss back through the model (backpropagation).
 
 # %% [markdown]
 # # Part one: a GPT
@@ -322,11 +326,11 @@ for t in range(1, 5):
 # after it? (This is bigram.py.) But a table knows characters by name only. What it
 # learns about `a` tells it nothing about `e`. So we give each character a vector of
 # `n_embd` numbers, its *embedding*, which is learned like all other weights.
-# Characters that behave alike can become alike. A linear layer, `lm_head`, then
-# turns a vector into scores. (On its own, this can say no more than the table,
-# which has a row for each character already. But from now on there are vectors, to
-# which more can be added. A table can stand a learning rate of 0.05; what follows
-# needs a smaller one.)
+# Characters that behave alike can become alike. A linear layer, `lm_head` (the head
+# of a language model), then turns a vector into scores. (On its own, this can say
+# no more than the table, which has a row for each character already. But from now
+# on there are vectors, to which more can be added. A table can stand a learning
+# rate of 0.05; what follows needs a smaller one.)
 #
 # Most of the later steps change how the vectors are made. So this is a method of
 # its own, which they can replace.
@@ -361,10 +365,12 @@ class LanguageModel(nn.Module):
 # So far each vector knows one character only. To guess what follows `Rome`, the
 # model looks at the `e`. The simplest way to tell the `e` what came before it is
 # the *mean* of all vectors so far. For all positions at once, this is one product
-# of matrices, `equal_weights @ x`. Row t of `equal_weights` has equal numbers for
-# the positions 0 to t. It has 0 for the later ones, which must stay hidden: they
-# are what the model is to guess. (A plain mean does not help yet, because it says
-# nothing about the order; but from here it is one step to attention.)
+# of matrices, `equal_weights @ x` (the same weights for every piece of the batch).
+# Row t of `equal_weights` has equal numbers for the positions 0 to t. It has 0 for
+# the later ones, which must stay hidden: they are what the model is to guess. What
+# comes out is added to x, as "The block" below tells. (A plain mean does not help
+# yet, because it says nothing about the order; but from here it is one step to
+# attention.)
 
 # %%
 # Row t is True for the positions 0 to t (tril keeps the lower left of a matrix).
@@ -375,13 +381,17 @@ print(equal_weights[:4, :4].cpu().numpy().round(2))
 
 # %% [markdown]
 # ## Step 3: attention
-# Attention is such a mean too, but the model computes the weights for itself, anew
-# for each text. With three linear layers, each position makes three vectors of D
-# numbers from its own:
+# Attention is such a mean too, and takes the place of the plain one. But here the
+# model computes the weights for itself, anew for each text. With three linear
+# layers, each position makes three vectors of D numbers from its own (as long as
+# there is one head only, D = C):
 #
 # - the **query** says what this position is looking for,
 # - the **key** says what it has to offer to others,
 # - the **value** is what it hands over to them.
+#
+# For example, the query of the `e` in `Rome` may ask: which letter began this word?
+# The key of the `R` answers: I am a capital letter. Its value tells: I am an R.
 #
 # The product of a query and a key (multiply number by number, then add up) is a
 # *score*: the better the two fit, the larger it is. Softmax turns each row of
@@ -391,7 +401,8 @@ print(equal_weights[:4, :4].cpu().numpy().round(2))
 # attention = softmax(queries @ keys.T / sqrt(D)) @ values
 #
 # (The names are the usual ones, but ambiguous: these scores are not those of
-# characters, and these weights are computed, not learned.)
+# characters, these weights are computed, not learned, and `lm_head` is no head of
+# attention.)
 #
 # Later positions get a score of minus infinity, which softmax turns into a weight
 # of 0.
@@ -440,15 +451,17 @@ class Head(nn.Module):
 # ## Step 4: positions
 # A mean does not care about order: for attention so far, the character just before
 # is no different from one long ago. So a vector that tells the position is added to
-# each vector of a character. Think of a row of clocks without numbers. One of them
-# turns by 10 degrees from a position to the next: its hand is at 50 degrees at
-# position 5, and at 40 at position 4. At positions 105 and 104 it is at 330 and
-# 320: again 10 degrees back. A linear layer can turn a hand. So a query can ask for
-# its own clocks, turned back by one position: this finds "the one before"
-# everywhere, and is learned once, for all positions. The hand of a clock has two
-# coordinates, a sine and a cosine. Some clocks are fast, to tell near positions
-# apart, and some are slow, for far ones. (Does adding not spoil the character? With
-# so many numbers in a vector, the model learns to keep the two apart.)
+# each vector of a character. Its numbers belong together in pairs, the sine and the
+# cosine of an angle. Think of each pair as a clock with one hand: these two numbers
+# say where the tip of the hand is. From one position to the next, the hand turns by
+# a fixed angle. Let that be 10 degrees: at positions 4 and 5 it is at 40 and 50
+# degrees, and at positions 104 and 105 at 320 and 330. So "the one before" is
+# always where the hand was 10 degrees ago. A linear layer can turn the hands that
+# it gets (any turn is a product with a matrix). So a query can learn to ask: who
+# has my clocks, turned back by one position? This is learned once, and works
+# everywhere. Some clocks are fast, to tell near positions apart, and some are slow,
+# for far ones. (Does adding not spoil the character? With so many numbers in a
+# vector, the model learns to keep the two apart.)
 #
 # (After Vaswani et al. 2017. GPT-2 has a table of learned vectors instead, which
 # takes a longer training.)
@@ -466,7 +479,7 @@ positions = torch.cat([angles.sin(), angles.cos()], dim=1).to(device)  # (T, C)
 # time. Several heads look for several things at once. Each of them makes vectors of
 # D = `n_embd / n_head` numbers. Side by side, these are `n_embd` numbers again, so
 # several heads cost hardly more than one. A linear layer, `proj`, mixes what they
-# found.
+# found: without it, each head could only change its own share of the vector.
 
 # %%
 class MultiHeadAttention(nn.Module):
@@ -485,10 +498,12 @@ class MultiHeadAttention(nn.Module):
 # %% [markdown]
 # ## Step 6: feed-forward
 # Attention gathers. Then each position works out, by itself, what follows from what
-# it has. A linear layer looks for `4 * n_embd` patterns in the vector. ReLU sets
-# negative numbers (patterns that are not there) to 0. A second linear layer turns
-# the patterns that are there into conclusions. Without ReLU in between, two linear
-# layers could do no more than one. Most of the weights of a block are here.
+# it has. A linear layer looks for `4 * n_embd` patterns in the vector: each is a
+# row of learned numbers, and the product with it is large where the two fit, as
+# with query and key. ReLU sets negative numbers (patterns that are not there) to 0.
+# A second linear layer turns the patterns that are there into conclusions. Without
+# ReLU in between, two linear layers could do no more than one (the product of two
+# matrices is just another matrix). Most of the weights of a block are here.
 
 # %%
 class FeedForward(nn.Module):
@@ -508,15 +523,15 @@ class FeedForward(nn.Module):
 # ## The block
 # A block does not replace the vector x by what it has found. It *adds* it to x,
 # which is called a *residual connection*. So what x already knows is not lost. It
-# also helps the training: what the loss asks for (the gradient) passes through a
-# sum unchanged.
+# also helps the training: on its way back from the loss, the gradient would be
+# changed by each layer, and might fade; but it passes through a sum unchanged.
 #
 # ## Step 7: LayerNorm
-# With every addition, the numbers in x can grow. So a LayerNorm stands before
-# attention, one before feed-forward, and one before `lm_head`. It shifts and scales
-# each vector, so that its numbers have mean 0 and variance 1. (Then it multiplies
-# by one learned vector, and adds another, in case that is better.) So what follows
-# always reads numbers of a steady size.
+# With every addition (soon there will be many), the numbers in x can grow. So a
+# LayerNorm stands before attention, one before feed-forward, and one before
+# `lm_head`. It shifts and scales each vector, so that its numbers have mean 0 and
+# variance 1. (Then it multiplies by one learned vector, and adds another, in case
+# that is better.) So what follows always reads numbers of a steady size.
 
 # %%
 class Block(nn.Module):
@@ -588,8 +603,9 @@ class GPT(LanguageModel):
 # ## Model and optimizer
 # Here the model is made; it has learned nothing yet. In each step of the training,
 # an optimizer moves every weight a little against its gradient. AdamW divides each
-# gradient by its usual size, so that every weight moves by about `learning_rate`,
-# or less. It also pulls every weight slightly towards zero.
+# gradient by its usual size, so that every weight moves by about `learning_rate`
+# (by less where the gradient keeps changing its sign). It also pulls every weight
+# slightly towards zero.
 
 # %%
 torch.manual_seed(seed)
@@ -672,7 +688,8 @@ def evaluate(step):
 #     for step in range(1, max_iters + 1):
 #         train_step(step)
 #
-# (The lines marked Step 15 or 16 are explained there. Pass over them for now.)
+# (The lines marked Step 15 or 16 are explained there. Pass over them for now:
+# before Step 16, the batch came from `get_batch`.)
 
 # %%
 def train_step(step):
@@ -700,30 +717,34 @@ def train_step(step):
 # run" near the end trains it, if `part` is 1. The model of GPT-2 has none of the
 # pieces that follow. Each step brings one idea.
 #
-# The losses named below are those in validation, after a training of 300 steps with
-# the numbers for a CPU. Each step names two of them: with all steps up to this one,
-# and with those before it only. (The README tells how to get a script for each
-# step.) All seven steps bring the loss, together, from 2.14 to 1.52.
+# Each step names two losses: with all steps up to this one, and with those before
+# it only. (The README tells how to get a script for each step.) They are those in
+# validation, after a whole training of 300 steps (`max_iters = 300`) with the
+# numbers for a CPU. The seven steps bring it, together, from 2.14 to 1.52.
 #
 # ## Step 10: rotary positions
-# Of two positions, the distance should count, not where they stand. So do not add
+# Of two positions, the distance should count, not where they stand. With the clocks
+# of Step 4, a model has to learn this; it can also be built in. So do not add
 # clocks to the vectors; *turn* the queries and keys themselves. Take their numbers
 # in pairs: each pair is a hand of a clock. Turn it by an angle that is the position
 # times a speed. At a speed of 10 degrees, a query at position 7 is turned by 70
 # degrees, and a key at position 5 by 50. The product of two hands depends on their
 # lengths, which stay as they are, and on the angle between them. The turning
 # changes this angle by 20 degrees here, and at the positions 107 and 105 by 20
-# degrees again. (Su et al. 2021, arXiv:2104.09864)
+# degrees again. (Su et al. 2021, arXiv:2104.09864) Values are not turned: they say
+# what is there, not where.
 #
-# The model of part two, further below, begins with this step. With it, the clocks
-# of Step 4 go, and the zeros in `Block`. After 300 steps, the loss is 2.08 instead
-# of 2.14.
+# The model of part two, further below, begins with this step. Two things are taken
+# away with it: the clocks of Step 4, and the zeros with which a `Block` begins
+# (Step 8). The loss is for all of this together. After 300 steps, the loss is 2.08
+# instead of 2.14.
 
 # %%
-# Speeds and angles, as in Step 4. (10000 is the usual choice.)
-turns = 10000 ** -torch.linspace(0, 1, n_embd // n_head // 2)  # (D/2,), 1 to 1/10000
-turned = torch.arange(block_size)[:, None] * turns             # (T, D/2), in radians
-cos, sin = turned.cos().to(device), turned.sin().to(device)    # each (T, D/2)
+# Speeds and angles, as in Step 4, but for the D numbers of a head. (From 1 down to
+# 1/10000 is the usual choice.)
+speeds = 10000 ** -torch.linspace(0, 1, n_embd // n_head // 2)  # (D/2,)
+angles = torch.arange(block_size)[:, None] * speeds             # (T, D/2), in radians
+cos, sin = angles.cos().to(device), angles.sin().to(device)     # each (T, D/2)
 
 
 def rotate(x):
@@ -743,10 +764,11 @@ class RotaryHead(Head):
 # %% [markdown]
 # ## Step 11: normalised queries and keys
 # A score can be large because the query fits the key, or just because one of them
-# has large numbers. So both pass through a LayerNorm (Step 7, here without learned
-# vectors), which gives them the same length, sqrt(D). Then only the angle between
-# them counts, and no score exceeds D / sqrt(D) = sqrt(D). (Dehghani et al. 2023,
-# arXiv:2302.05442) After 300 steps, the loss is 1.97 instead of 2.08.
+# has large numbers. (Dividing by sqrt(D) is meant for numbers of about 1, but in
+# training they may grow.) So both pass through a LayerNorm (Step 7, here without
+# learned vectors), which gives them the same length, sqrt(D). Then only the angle
+# between them counts, and no score exceeds D / sqrt(D) = sqrt(D). (Dehghani et al.
+# 2023, arXiv:2302.05442) After 300 steps, the loss is 1.97 instead of 2.08.
 
 # %%
 class NormedHead(RotaryHead):
@@ -809,22 +831,23 @@ class GatedFeedForward(nn.Module):
 # %% [markdown]
 # ## Step 13: token shift
 # The characters just before matter most. So what attention and feed-forward read
-# contains them already. Of the numbers in each vector, half stay where they are. A
-# quarter is taken from the position before, and a quarter from the one before that.
-# (Nothing is lost: x itself keeps all its numbers, and what stands where in it is
-# learned.) (After Peng et al. 2023, arXiv:2305.13048) After 300 steps, the loss is
+# contains them already. In what they read, the first half of each vector is its
+# own. The third quarter is replaced by the third quarter of the position before,
+# and the last quarter by the last quarter of the one before that. (Nothing is lost:
+# x itself keeps all its numbers. And the model learns what to put into which
+# quarter.) (After Peng et al. 2023, arXiv:2305.13048) After 300 steps, the loss is
 # 1.68 instead of 1.91.
 
 # %%
 def shift(x):
     """Mix each position of x (B, T, C) with the two before it."""
     C = x.shape[-1]
-    own, one, two = x.split([C // 2, C // 4, C // 4], dim=-1)
-    one = one.roll(1, dims=1)  # move every position on by one
-    two = two.roll(2, dims=1)  # ... by two
-    one[:, :1] = 0             # what came round from the end must not be seen
-    two[:, :2] = 0
-    return torch.cat([own, one, two], dim=-1)
+    own, one_back, two_back = x.split([C // 2, C // 4, C // 4], dim=-1)
+    one_back = one_back.roll(1, dims=1)  # move every position on by one
+    two_back = two_back.roll(2, dims=1)  # ... by two
+    one_back[:, :1] = 0                  # what came round from the end must not be seen
+    two_back[:, :2] = 0
+    return torch.cat([own, one_back, two_back], dim=-1)
 
 
 # %% [markdown]
@@ -832,7 +855,7 @@ def shift(x):
 # The pieces of part two put together. Since queries and keys tell the positions,
 # clocks are no longer added. And these blocks do not begin at zero: the layers that
 # `Block` has set to zero are replaced by new ones. (All losses from Step 10 on are
-# measured so; with Muon, below, that is better.)
+# measured so.)
 
 # %%
 class ModernBlock(Block):
@@ -854,24 +877,27 @@ class ModernGPT(GPT):
     """A GPT that adds no positions to the vectors."""
 
     def vectors(self, idx):
-        x = self.dropout(self.token_embedding(idx))  # (B, T, C)
-        return self.norm(self.blocks(x))             # (B, T, C)
+        x = self.token_embedding(idx)  # (B, T, C)
+        x = self.dropout(x)            # (B, T, C)
+        x = self.blocks(x)             # (B, T, C)
+        return self.norm(x)            # (B, T, C)
 
 
 # %% [markdown]
 # ## Step 14: Muon
-# The gradient of a matrix says how each of its numbers changes the loss. Like any
-# matrix of this shape, it is a sum of simple ones, each of the kind "where the
-# input looks like this, move the output like that": a column (the output) times a
-# row (the input), which makes a matrix, times a strength. (All columns and rows
-# have length 1. The columns of different ones are perpendicular, and so are their
-# rows.) A few of the simple ones are strong, and many are weak, though often just
-# as useful. Muon makes all of them equally strong, so that rare things are learned
-# too. (In the language of mathematics, these strengths are the *singular values* of
-# the matrix, and Muon sets nearly all of them to about 1.)
+# The weights of a linear layer are a matrix, and so is their gradient. Any matrix
+# is a sum of simple ones, each of the kind "where the input looks like this, move
+# the output like that": a column (the output) times a row (the input), which makes
+# a matrix, times a strength. (All columns and rows have length 1. The columns of
+# different ones are perpendicular, and so are their rows.) In a gradient, a few of
+# the simple ones are strong, and many are weak, though often just as useful. Muon
+# makes all of them equally strong, so that rare things are learned too. (In the
+# language of mathematics, these strengths are the *singular values* of the matrix,
+# and Muon sets nearly all of them to about 1.)
 #
-# How is that done? Take a number between 0.01 and 1, put it into this formula, put
-# the result in again, and so on:
+# How can all strengths become about 1, without finding out the simple ones? First,
+# how a *number* becomes about 1, by multiplying and adding alone. Take one between
+# 0.01 and 1, put it into this formula, put the result in again, and so on:
 #
 # 3.4445 x - 4.7750 x^3 + 2.0315 x^5
 #
@@ -891,7 +917,7 @@ class ModernGPT(GPT):
 def equalize(m):
     """Set nearly all singular values of the matrices m (N, rows, columns) near 1."""
     tall = m.shape[1] > m.shape[2]
-    x = m.mT if tall else m  # on its side (mT: transposed), it has a smaller s
+    x = m.mT if tall else m  # on its side (mT: transposed), s below is smaller
     # The norm (root of the sum of squares) is at least the largest strength: now none
     # is above 1. (1e-7 is there in case the norm is 0.)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -959,25 +985,25 @@ if part == 2:
 # step to step, towards 0: that is what the lines marked Step 15 in `train_step` do.
 # (`defaults` has the rates as they were given.)
 #
-# Such schedules are older than GPTs. This one stands here because the model of part
-# one, trained so briefly, gains nothing from it. All losses of the steps before are
+# This step is no younger than GPT-2. It stands here because the model of part one,
+# in so few steps, gained nothing from it. All losses of the steps before are
 # without it. A run of this script with `part = 1` uses this step and the next all
 # the same. After 300 steps, the loss is 1.56 instead of 1.66.
 
 # %% [markdown]
 # ## Step 16: data augmentation
-# Most of the people in the text of validation hardly occur in that of training. So
-# there, it is of no use to know who speaks with whom. But in training this pays,
-# since the same people talk for a whole play. *Data augmentation* changes the text
-# a little at each reading, in a way that leaves it good text, or nearly. Here,
-# names change places: in one piece, every `ROMEO` becomes `HENRY`, and `Romeo`
-# becomes `Henry`; in the next piece, it may be another name. Now the model has to
-# look back to see who is there, and this is of use with any names. (The price: it
-# no longer knows that Romeo loves Juliet.)
+# In training, the model memorises who speaks with whom, since the same people talk
+# for a whole play. In validation, this is of no use: most of the people there
+# hardly occur in the text of training. *Data augmentation* changes the text a
+# little at each reading, in a way that leaves it good text, or nearly. Here, names
+# change places: in one piece, every `ROMEO` becomes `HENRY`, and `Romeo` becomes
+# `Henry`; in the next piece, it may be another name. Now the model has to look back
+# to see who is there, and this is of use with any names. (The price: it no longer
+# knows that Romeo loves Juliet.)
 #
 # The name that takes the place of another has the same length, so that the piece
-# keeps its length. `train_step` gets its batches from here. All else has the text as
-# it is.
+# keeps its length. `train_step` gets its batches from here. All else has the text
+# as it is.
 #
 # After 300 steps, the loss is 1.52 instead of 1.56. Most of the gain is in the
 # lines that say who speaks.
