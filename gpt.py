@@ -694,6 +694,7 @@ def evaluate(step):
 # %%
 def train_step(step):
     """Adjust all weights once, by the batch of this step; return its loss."""
+    torch.manual_seed(seed + step)  # Step 9: these decide what is hidden
     inputs, targets = get_renamed_batch(step)  # Step 16
     model.train()          # Step 9: with dropout
     logits, loss = model(inputs, targets)
@@ -1039,7 +1040,6 @@ def rename(piece):
 
 def get_renamed_batch(step):
     """Return what get_batch does, but with names exchanged in each piece."""
-    torch.manual_seed(seed + step)  # the names depend on the seed and the step alone
     pieces = [rename(train_text[i:i + block_size + 1]) for i in deal(step)]
     pieces = torch.stack([encode(piece) for piece in pieces]).to(device)  # (B, T+1)
     return pieces[:, :-1], pieces[:, 1:]

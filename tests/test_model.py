@@ -354,6 +354,7 @@ def test_training_is_adamw_and_muon_by_the_book(tmp_path):
         for optimizer, rate in zip(b["optimizers"], (0.004, 0.02)):
             for group in optimizer.param_groups:
                 group["lr"] = rate * (4 - step) / 3
+        torch.manual_seed(1337 + step)
         inputs, targets = b["get_renamed_batch"](step)
         loss = F.cross_entropy(b["model"](inputs)[0].transpose(1, 2), targets)
         grads = torch.autograd.grad(loss, list(b["model"].parameters()))
