@@ -95,9 +95,9 @@ except Exception as error:
 
 # %% [markdown]
 # ## The text
-# About a million characters of Shakespeare: a fresh copy of the well-known Tiny
-# Shakespeare, with 63 different characters instead of 65. The model will see
-# nothing else, ever. Where the file is missing, the well-known one is downloaded.
+# Tiny Shakespeare, set anew: about a million characters, of 63 kinds. The model
+# will see nothing else, ever. Where the file is missing, the well-known one is
+# downloaded, which has a few other lines, and 65 kinds of characters.
 
 # %%
 url = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"
@@ -134,8 +134,8 @@ print(f"{len(text):,} characters, which begin with {text[:14]!r}")
 # %% [markdown]
 # ## The vocabulary
 # A model computes with numbers, so every distinct character gets one, its *id*: its
-# place in the sorted list. Encoding and decoding are looking up. The units that a
-# model reads and writes are called *tokens*. Here, a token is a character.
+# place in the sorted list. The units that a model reads and writes are called
+# *tokens*. Here, a token is a character.
 
 # %%
 chars = sorted(set(text))
@@ -217,9 +217,11 @@ for t in range(1, 5):
 # all positions. Guessing blindly among 63 characters gives a loss of ln(63) = 4.14.
 # A loss of 1.4 means being as unsure as among exp(1.4) = 4 characters.
 #
-# To train a model is to make its loss small. The *gradient* of a weight tells by
-# how much the loss rises if this weight rises a little. PyTorch computes it for all
-# weights at once, from the loss back through the model (backpropagation).
+# To train a model is to make its loss small. The *gradient* of a number (a weight,
+# or a result in between) tells how fast the loss rises as this number rises.
+# PyTorch finds the gradients of all numbers on one way back through the model, from
+# the loss to the inputs, each from those after it. This is called
+# *backpropagation*.
 
 # %% [markdown]
 # ## The model: a table
@@ -249,10 +251,11 @@ class LanguageModel(nn.Module):
 # %% [markdown]
 # ## Model and optimizer
 # Here the model is made; it has learned nothing yet. In each step of the training,
-# an optimizer moves every weight a little against its gradient. AdamW divides each
-# gradient by its usual size, so that every weight moves by about `learning_rate`
-# (by less where the gradient keeps changing its sign). It also pulls every weight
-# slightly towards zero.
+# an optimizer moves every weight a little against its gradient. AdamW takes a
+# running mean of each gradient over the last steps, and divides it by the usual
+# size of this gradient. So every weight moves by about `learning_rate`, and by less
+# where the gradient keeps changing its sign. It also pulls every weight slightly
+# towards zero.
 
 # %%
 torch.manual_seed(seed)

@@ -190,9 +190,9 @@ if dtype not in ("auto", "bfloat16", "float32"):
 
 # %% [markdown]
 # ## The text
-# About a million characters of Shakespeare: a fresh copy of the well-known Tiny
-# Shakespeare, with 63 different characters instead of 65. The model will see
-# nothing else, ever. Where the file is missing, the well-known one is downloaded.
+# Tiny Shakespeare, set anew: about a million characters, of 63 kinds. The model
+# will see nothing else, ever. Where the file is missing, the well-known one is
+# downloaded, which has a few other lines, and 65 kinds of characters.
 
 # %%
 url = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"
@@ -229,8 +229,8 @@ print(f"{len(text):,} characters, which begin with {text[:14]!r}")
 # %% [markdown]
 # ## The vocabulary
 # A model computes with numbers, so every distinct character gets one, its *id*: its
-# place in the sorted list. Encoding and decoding are looking up. The units that a
-# model reads and writes are called *tokens*. Here, a token is a character.
+# place in the sorted list. The units that a model reads and writes are called
+# *tokens*. Here, a token is a character.
 
 # %%
 chars = sorted(set(text))
@@ -314,9 +314,11 @@ for t in range(1, 5):
 # all positions. Guessing blindly among 63 characters gives a loss of ln(63) = 4.14.
 # A loss of 1.4 means being as unsure as among exp(1.4) = 4 characters.
 #
-# To train a model is to make its loss small. The *gradient* of a weight tells by
-# how much the loss rises if this weight rises a little. PyTorch computes it for all
-# weights at once, from the loss back through the model (backpropagation).
+# To train a model is to make its loss small. The *gradient* of a number (a weight,
+# or a result in between) tells how fast the loss rises as this number rises.
+# PyTorch finds the gradients of all numbers on one way back through the model, from
+# the loss to the inputs, each from those after it. This is called
+# *backpropagation*.
 
 # %% [markdown]
 # # Part one: a GPT
@@ -364,13 +366,13 @@ class LanguageModel(nn.Module):
 # ## Step 2: a mean of what came before
 # So far each vector knows one character only. To guess what follows `Rome`, the
 # model looks at the `e`. The simplest way to tell the `e` what came before it is
-# the *mean* of all vectors so far. For all positions at once, this is one product
-# of matrices, `equal_weights @ x` (the same weights for every piece of the batch).
-# Row t of `equal_weights` has equal numbers for the positions 0 to t. It has 0 for
-# the later ones, which must stay hidden: they are what the model is to guess. What
-# comes out is added to x, as "The block" below tells. (A plain mean does not help
-# yet, because it says nothing about the order; but from here it is one step to
-# attention.)
+# the *mean* of all vectors so far. Let x be the vectors of all positions. Then all
+# means are one product of matrices, `equal_weights @ x` (the same weights for every
+# piece of the batch). Row t of `equal_weights` has equal numbers for the positions
+# 0 to t. It has 0 for the later ones, which must stay hidden: they are what the
+# model is to guess. The means are then added to x, as "The block" below tells. (A
+# plain mean does not help yet, because it blurs together all that came before; but
+# from here it is one step to attention.)
 
 # %%
 # Row t is True for the positions 0 to t (tril keeps the lower left of a matrix).
@@ -383,15 +385,15 @@ print(equal_weights[:4, :4].cpu().numpy().round(2))
 # ## Step 3: attention
 # Attention is such a mean too, and takes the place of the plain one. But here the
 # model computes the weights for itself, anew for each text. With three linear
-# layers, each position makes three vectors of D numbers from its own (as long as
-# there is one head only, D = C):
+# layers, each position makes three vectors of D numbers from its own. (All this
+# together is called a *head*. As long as there is only one, D = C.)
 #
 # - the **query** says what this position is looking for,
 # - the **key** says what it has to offer to others,
 # - the **value** is what it hands over to them.
 #
-# For example, the query of the `e` in `Rome` may ask: which letter began this word?
-# The key of the `R` answers: I am a capital letter. Its value tells: I am an R.
+# For example, the query of the `e` in `Rome` may ask: where are capital letters?
+# The key of the `R` says: I am one. Its value tells: I am an R.
 #
 # The product of a query and a key (multiply number by number, then add up) is a
 # *score*: the better the two fit, the larger it is. Softmax turns each row of
@@ -407,10 +409,11 @@ print(equal_weights[:4, :4].cpu().numpy().round(2))
 # Later positions get a score of minus infinity, which softmax turns into a weight
 # of 0.
 #
-# Why sqrt(D)? A score is a sum of D products, some positive and some negative. Such
-# a sum typically grows like sqrt(D). Softmax of large scores gives nearly all the
-# weight to one position, and then a small change of the scores has no effect, so
-# nothing can be learned from it. (Vaswani et al. 2017, arXiv:1706.03762)
+# Why sqrt(D)? A score is a sum of D products, some positive and some negative.
+# These partly cancel, so the sum is not D times as large as one of them, but
+# typically sqrt(D) times. Softmax of large scores gives nearly all the weight to
+# one position, and then a small change of the scores has hardly any effect, so
+# little can be learned from it. (Vaswani et al. 2017, arXiv:1706.03762)
 #
 # Do not expect much yet. Attention sees *what* came before, but not in which order:
 # that takes one more step.
@@ -455,13 +458,14 @@ class Head(nn.Module):
 # cosine of an angle. Think of each pair as a clock with one hand: these two numbers
 # say where the tip of the hand is. From one position to the next, the hand turns by
 # a fixed angle. Let that be 10 degrees: at positions 4 and 5 it is at 40 and 50
-# degrees, and at positions 104 and 105 at 320 and 330. So "the one before" is
-# always where the hand was 10 degrees ago. A linear layer can turn the hands that
-# it gets (any turn is a product with a matrix). So a query can learn to ask: who
-# has my clocks, turned back by one position? This is learned once, and works
-# everywhere. Some clocks are fast, to tell near positions apart, and some are slow,
-# for far ones. (Does adding not spoil the character? With so many numbers in a
-# vector, the model learns to keep the two apart.)
+# degrees, and at positions 104 and 105 at 320 and 330. So one position back always
+# means 10 degrees back. The product of two hands is largest where they point the
+# same way. And a linear layer can turn the hands that it gets (any turn is a
+# product with a matrix). So let the query be the clocks of its own position, turned
+# back by one step: it fits best the key of the position before. This is learned
+# once, and works everywhere. Some clocks are fast, to tell near positions apart,
+# and some are slow, for far ones. (Does adding not spoil the character? With so
+# many numbers in a vector, the model learns to keep the two apart.)
 #
 # (After Vaswani et al. 2017. GPT-2 has a table of learned vectors instead, which
 # takes a longer training.)
@@ -479,7 +483,8 @@ positions = torch.cat([angles.sin(), angles.cos()], dim=1).to(device)  # (T, C)
 # time. Several heads look for several things at once. Each of them makes vectors of
 # D = `n_embd / n_head` numbers. Side by side, these are `n_embd` numbers again, so
 # several heads cost hardly more than one. A linear layer, `proj`, mixes what they
-# found: without it, each head could only change its own share of the vector.
+# found. (This is added to x. Without `proj`, each head could only add to its own D
+# numbers of it.)
 
 # %%
 class MultiHeadAttention(nn.Module):
@@ -530,8 +535,8 @@ class FeedForward(nn.Module):
 # With every addition (soon there will be many), the numbers in x can grow. So a
 # LayerNorm stands before attention, one before feed-forward, and one before
 # `lm_head`. It shifts and scales each vector, so that its numbers have mean 0 and
-# variance 1. (Then it multiplies by one learned vector, and adds another, in case
-# that is better.) So what follows always reads numbers of a steady size.
+# variance 1. (Then it multiplies by one learned vector, and adds another.) So what
+# follows always reads numbers of a steady size.
 
 # %%
 class Block(nn.Module):
@@ -566,9 +571,10 @@ class Block(nn.Module):
 # A deep model is harder to train, so the last layer of attention and that of
 # feed-forward begin at zero. At first a block adds nothing but the biases of these
 # layers, and the deep model is as simple as a shallow one. (Can a layer of zeros
-# learn? Yes: its gradient depends on its input and on the layers after it, not on
-# its own weights. But `lm_head`, the last of all, is zero at first as well, so in
-# the very first step, only `lm_head` learns.)
+# learn? Yes: the gradients of its weights depend on its input and on the layers
+# after it, not on its own weights. But `lm_head`, the last of all, is zero at first
+# as well. On the way back, its zeros make all gradients before it zero. So in the
+# very first step, only `lm_head` learns.)
 #
 # ## Step 9: dropout
 # A large model can learn a small text by heart. During training, dropout sets
@@ -602,10 +608,11 @@ class GPT(LanguageModel):
 # %% [markdown]
 # ## Model and optimizer
 # Here the model is made; it has learned nothing yet. In each step of the training,
-# an optimizer moves every weight a little against its gradient. AdamW divides each
-# gradient by its usual size, so that every weight moves by about `learning_rate`
-# (by less where the gradient keeps changing its sign). It also pulls every weight
-# slightly towards zero.
+# an optimizer moves every weight a little against its gradient. AdamW takes a
+# running mean of each gradient over the last steps, and divides it by the usual
+# size of this gradient. So every weight moves by about `learning_rate`, and by less
+# where the gradient keeps changing its sign. It also pulls every weight slightly
+# towards zero.
 
 # %%
 torch.manual_seed(seed)
@@ -736,9 +743,9 @@ def train_step(step):
 # what is there, not where.
 #
 # The model of part two, further below, begins with this step. Two things are taken
-# away with it: the clocks of Step 4, and the zeros with which a `Block` begins
-# (Step 8). The loss is for all of this together. After 300 steps, the loss is 2.08
-# instead of 2.14.
+# away with it: the clocks of Step 4, and the zeros with which a `Block` begins,
+# because the model of part two, when complete, learns better without them. The loss
+# is for all of this together. After 300 steps, the loss is 2.08 instead of 2.14.
 
 # %%
 # Speeds and angles, as in Step 4, but for the D numbers of a head. (From 1 down to
@@ -751,8 +758,10 @@ cos, sin = angles.cos().to(device), angles.sin().to(device)     # each (T, D/2)
 def rotate(x):
     """Turn each pair x[i], x[i + D/2] of x (B, T, D) by its angle at each position."""
     T = x.shape[1]
-    a, b = x.chunk(2, dim=-1)  # each (B, T, D/2)
-    return torch.cat([a * cos[:T] - b * sin[:T], a * sin[:T] + b * cos[:T]], dim=-1)
+    a, b = x.chunk(2, dim=-1)               # each (B, T, D/2): the tips of the hands
+    turned_a = a * cos[:T] - b * sin[:T]    # (B, T, D/2): and where they are then
+    turned_b = a * sin[:T] + b * cos[:T]    # (B, T, D/2)
+    return torch.cat([turned_a, turned_b], dim=-1)
 
 
 class RotaryHead(Head):
@@ -767,9 +776,10 @@ class RotaryHead(Head):
 # A score can be large because the query fits the key, or just because one of them
 # has large numbers. (Dividing by sqrt(D) is meant for numbers of about 1, but in
 # training they may grow.) So both pass through a LayerNorm (Step 7, here without
-# learned vectors), which gives them the same length, sqrt(D). Then only the angle
-# between them counts, and no score exceeds D / sqrt(D) = sqrt(D). (Dehghani et al.
-# 2023, arXiv:2302.05442) After 300 steps, the loss is 1.97 instead of 2.08.
+# learned vectors). After it, the squares of the D numbers add up to D, so all
+# queries and keys have the same length, sqrt(D). Then only the angle between them
+# counts, and no score exceeds D / sqrt(D) = sqrt(D). (Dehghani et al. 2023,
+# arXiv:2302.05442) After 300 steps, the loss is 1.97 instead of 2.08.
 
 # %%
 class NormedHead(RotaryHead):
@@ -784,9 +794,9 @@ class NormedHead(RotaryHead):
 # %% [markdown]
 # ## Step 12: gates
 # A gate is a vector of factors, by which what was found is multiplied, number by
-# number. One more linear layer computes it, from the vector that attention or
-# feed-forward itself gets. (Shazeer 2020, arXiv:2002.05202; Qiu et al. 2025,
-# arXiv:2505.06708)
+# number: a factor near 0 holds a number back. One more linear layer computes the
+# factors, from the same vector that attention or feed-forward reads. (Shazeer 2020,
+# arXiv:2002.05202; Qiu et al. 2025, arXiv:2505.06708)
 #
 # In attention, the weights of the mean add up to 1. So a head always hands
 # something over, even where nothing fits. With a gate, it can keep silent.
@@ -795,9 +805,9 @@ class NormedHead(RotaryHead):
 #
 # In feed-forward with ReLU, each pattern counts by itself. Here, two layers look
 # for patterns, and their results are multiplied: one pattern counts only together
-# with another. One of the two, the gate, passes through `F.silu`, a smooth ReLU.
-# The three layers are narrower (8/3 C instead of 4 C), so that they have as many
-# weights as the two had.
+# with another. One of the two is the gate: it passes through `F.silu`, a smooth
+# ReLU, which is near 0 for patterns that are not there. The three layers are
+# narrower (8/3 C instead of 4 C), so that they have as many weights as the two had.
 #
 # After 300 steps, the loss is 1.91 instead of 1.97.
 
@@ -853,10 +863,9 @@ def shift(x):
 
 # %% [markdown]
 # ## The modern GPT
-# The pieces of part two put together. Since queries and keys tell the positions,
-# clocks are no longer added. And these blocks do not begin at zero: the layers that
-# `Block` has set to zero are replaced by new ones. (All losses from Step 10 on are
-# measured so.)
+# The pieces of part two put together. As Step 10 says, no clocks are added, and the
+# blocks do not begin at zero: the layers that `Block` has set to zero are replaced
+# by new ones.
 
 # %%
 class ModernBlock(Block):
@@ -886,15 +895,15 @@ class ModernGPT(GPT):
 
 # %% [markdown]
 # ## Step 14: Muon
-# The weights of a linear layer are a matrix, and so is their gradient. Any matrix
-# is a sum of simple ones, each of the kind "where the input looks like this, move
-# the output like that": a column (the output) times a row (the input), which makes
-# a matrix, times a strength. (All columns and rows have length 1. The columns of
-# different ones are perpendicular, and so are their rows.) In a gradient, a few of
-# the simple ones are strong, and many are weak, though often just as useful. Muon
-# makes all of them equally strong, so that rare things are learned too. (In the
-# language of mathematics, these strengths are the *singular values* of the matrix,
-# and Muon sets nearly all of them to about 1.)
+# The weights of a linear layer are a matrix, and so is their gradient. Take a
+# column u and a row v, both of length 1. Their product u @ v is a simple matrix:
+# what comes out of it is u, the more of it, the better the input fits v. Any matrix
+# is a sum of simple ones, each times a number, its strength. They can be chosen so
+# that all u are perpendicular to each other, and all v as well. In a gradient, a
+# few of the simple ones are strong, and many are weak, though often just as useful.
+# Muon makes all of them equally strong, so that rare things are learned too. (In
+# the language of mathematics, these strengths are the *singular values* of the
+# matrix, and Muon sets nearly all of them to about 1.)
 #
 # How can all strengths become about 1, without finding out the simple ones? First,
 # how a *number* becomes about 1, by multiplying and adding alone. Take one between
@@ -904,11 +913,12 @@ class ModernGPT(GPT):
 #
 # From 0.01 you get 0.03, 0.12, 0.40, 1.09, 0.70, and from anywhere between 0.01 and
 # 1, five rounds lead to a number between about 0.7 and 1.1 (much smaller ones end
-# lower). Now let x be a matrix. The product x @ x.T @ x is made of the same simple
-# ones, each with its strength to the power of 3: the products of two different ones
-# are 0, as they are perpendicular. So the same formula, in matrices, does this to
-# all strengths at once. (Jordan 2024, kellerjordan.github.io/posts/muon; the three
-# factors were found by search.)
+# lower). Now let x be a matrix. Then x.T has the same simple ones, with u and v
+# exchanged. In the product x @ x.T, each v meets all the others and itself. The
+# product of two perpendicular ones is 0, and that of v with itself is 1. So x @ x.T
+# @ x is made of the same simple ones as x, each with its strength to the power of
+# 3. So the same formula, in matrices, does this to all strengths at once. (Jordan
+# 2024, kellerjordan.github.io/posts/muon; the three factors were found by search.)
 #
 # Muon adjusts the matrices in the blocks. All other weights are left to AdamW,
 # including the embedding and `lm_head`: there AdamW does better, as Jordan found.
@@ -918,7 +928,7 @@ class ModernGPT(GPT):
 def equalize(m):
     """Set nearly all singular values of the matrices m (N, rows, columns) near 1."""
     tall = m.shape[1] > m.shape[2]
-    x = m.mT if tall else m  # on its side (mT: transposed), s below is smaller
+    x = m.mT if tall else m  # (mT: transposed) lying flat, it makes s smaller, below
     # The norm (root of the sum of squares) is at least the largest strength: now none
     # is above 1. (1e-7 is there in case the norm is 0.)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -947,14 +957,14 @@ class Muon(torch.optim.Optimizer):
             weights, lr = group["params"], group["lr"]
             gradients = torch.stack([weight.grad for weight in weights])
             state = self.state[weights[0]]  # kept between steps, under the first weight
-            mean = state.setdefault("mean", torch.zeros_like(gradients))
+            running_mean = state.setdefault("mean", torch.zeros_like(gradients))
 
             # One batch tells little: take a running mean of the gradients of many
             # steps, where the newest counts 1 - momentum. In the change made now, it
-            # counts nearly twice as much (Nesterov's momentum). mean.lerp(a, share)
-            # goes this share of the way from mean to a; lerp_ changes mean itself.
-            mean.lerp_(gradients, 1 - momentum)
-            newer = mean.lerp(gradients, 1 - momentum)
+            # counts nearly twice as much (Nesterov's momentum). m.lerp(a, share) goes
+            # this share of the way from m to a; lerp_ changes m itself.
+            running_mean.lerp_(gradients, 1 - momentum)
+            newer = running_mean.lerp(gradients, 1 - momentum)
             changes = equalize(newer).float()  # (N, rows, columns), float32
 
             # Matrices with more rows than columns may change more (found by trial).
@@ -1015,9 +1025,9 @@ if part == 2:
 train_text = text[:len(train_data)]
 words = {match[0] for match in re.finditer(r"\w{3,}", train_text)}  # 3 letters or more
 capitals = {word for word in words if word.isupper()}
-rest = words - capitals
+ordinary = words - capitals
 names = [word for word in sorted(capitals)
-         if word.title() in rest and word.lower() not in rest]
+         if word.title() in ordinary and word.lower() not in ordinary]
 names.sort(key=len)  # short ones first
 
 
@@ -1025,9 +1035,9 @@ def rename(piece):
     """Return this piece of the text (a string) with other names in it."""
     # Shuffle the names, and sort them by length again. Those of equal length stay
     # shuffled, and each now stands where `names` has a name of its length.
-    others = [names[n] for n in torch.randperm(len(names)).tolist()]
-    others.sort(key=len)
-    exchange = dict(zip(names, others))  # such as ROMEO: HENRY
+    shuffled = [names[n] for n in torch.randperm(len(names)).tolist()]
+    shuffled.sort(key=len)
+    exchange = dict(zip(names, shuffled))  # such as ROMEO: HENRY
     exchange |= {name.title(): exchange[name].title() for name in names}
 
     def other(match):
