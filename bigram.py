@@ -98,6 +98,9 @@ except Exception as error:
 # Tiny Shakespeare, set anew: about a million characters, of 63 kinds. The model
 # will see nothing else, ever. Where the file is missing, the well-known one is
 # downloaded, which has a few other lines, and 65 kinds of characters.
+#
+# (If you have skipped the options: `parser.error` ends the script with a message,
+# `script` is this file, and `given` has the options of the command line.)
 
 # %%
 url = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"

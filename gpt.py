@@ -9,11 +9,10 @@ The whole machine: characters -> ids -> vectors (embedding) -> blocks, each atte
 -> draw one, append it, repeat.
 
 On a first reading, look at the hyperparameters, go on at "The text", stop where part
-one ends, and look at "The run" near the end: this is a complete GPT, and its training.
+one ends, and look at "Running it" at the end: this is a complete GPT, and its training.
 Part two is what has been found since. What is called "Extra" teaches nothing about
-GPTs. Of what you skip, some names come up again: `parser.error` ends the script with a
-message, `script` is this file, `given` has the options of the command line.
-`checkpoint`, `finished` and `first_step` are about going on with an earlier run.
+GPTs. (`checkpoint`, `finished` and `first_step` belong to it: they are about going on
+with an earlier run.)
 
 bigram.py is this script with the simplest model there is, and each "Step" is one idea
 on the way from there to here. (In the repository, tests/steps.py writes each step as a
@@ -193,6 +192,9 @@ if dtype not in ("auto", "bfloat16", "float32"):
 # Tiny Shakespeare, set anew: about a million characters, of 63 kinds. The model
 # will see nothing else, ever. Where the file is missing, the well-known one is
 # downloaded, which has a few other lines, and 65 kinds of characters.
+#
+# (If you have skipped the options: `parser.error` ends the script with a message,
+# `script` is this file, and `given` has the options of the command line.)
 
 # %%
 url = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"

@@ -101,7 +101,7 @@ BARE = [
     (r"(?<=Change them here), or on the command\n.*", "."),
     (r"(?<=what shall the model continue\?) .*\nsamples = .*", ""),
     (r"# %% \[markdown\]\n# ## Options\n[\s\S]*?(?=# %% \[markdown\]\n# ## The text)", ""),
-    (r" Where the file is missing, [\s\S]*? kinds of characters\.", ""),
+    (r" Where the file is missing, [\s\S]*? command line\.\)", ""),
     (r"url = [\s\S]*?text = read_text\(\)", 'text = open(text_file, encoding="utf-8").read()'),
     (r"if prompt != .*\n    parser.*\n", ""),
     (r"if len\(val_data\) .*\n    parser.*\n.*\n", ""),
