@@ -82,8 +82,9 @@ for name in glosses:
     if type(value) is not kind and (type(value), kind) != (int, float):
         parser.error(f"{name}={value!r} should be of type {kind.__name__}")
     least = 1 if name.startswith("n_") or name.endswith(("_size", "_interval")) else 0
-    if kind is not str and not least <= value < 2**31:
-        parser.error(f"{name}={value} should be at least {least}, and below 2**31")
+    most = 2**15 if name == "block_size" else 2**31
+    if kind is not str and not least <= value < most:
+        parser.error(f"{name}={value} should be at least {least}, and below {most}")
 
 for stream in (sys.stdin, sys.stdout):
     if hasattr(stream, "reconfigure"):
@@ -204,8 +205,8 @@ def get_batch(step):
 
 
 inputs, targets = get_batch(1)
-for t in range(1, 5):
-    print(f"after {decode(inputs[0, :t])!r} comes {chars[targets[0, t - 1]]!r}")
+for t, target in enumerate(targets[0, :4], start=1):
+    print(f"after {decode(inputs[0, :t])!r} comes {chars[target]!r}")
 
 # %% [markdown]
 # ## What a language model does

@@ -73,8 +73,8 @@ load = ""                # which checkpoint to start from? (Extra)
 dtype = "auto"           # bfloat16 where the processor has it, or float32? (Extra)
 
 # Extra: on a CUDA GPU, these take the place of the numbers above. Change them here.
-gpu_preset = {"batch_size": 16, "max_iters": 2000, "eval_interval": 400, "n_embd": 384,
-              "n_head": 4, "n_layer": 6, "dropout": 0.1, "momentum": 0.95,
+gpu_preset = {"batch_size": 16, "max_iters": 1000, "eval_interval": 250, "n_embd": 384,
+              "n_head": 4, "n_layer": 6, "dropout": 0.05, "momentum": 0.95,
               "weight_decay": 0.3}
 
 # %% [markdown]
@@ -113,8 +113,9 @@ for name in glosses:
     if type(value) is not kind and (type(value), kind) != (int, float):
         parser.error(f"{name}={value!r} should be of type {kind.__name__}")
     least = 1 if name.startswith("n_") or name.endswith(("_size", "_interval")) else 0
-    if kind is not str and not least <= value < 2**31:
-        parser.error(f"{name}={value} should be at least {least}, and below 2**31")
+    most = 2**15 if name == "block_size" else 2**31
+    if kind is not str and not least <= value < most:
+        parser.error(f"{name}={value} should be at least {least}, and below {most}")
 
 for stream in (sys.stdin, sys.stdout):
     if hasattr(stream, "reconfigure"):
@@ -154,7 +155,8 @@ def read_checkpoint(path):
                 return checkpoint
     except Exception:
         pass  # whatever is wrong with it, it is none of ours
-    parser.error(f"{path} is no checkpoint of gpt.py, or it is damaged")
+    parser.error(f"{path} is no checkpoint of this gpt.py, or it is damaged; "
+                 "move it away, or name another file")
 
 
 checkpoint = read_checkpoint(load) if load else None
@@ -300,8 +302,8 @@ def get_batch(step):
 
 
 inputs, targets = get_batch(1)
-for t in range(1, 5):
-    print(f"after {decode(inputs[0, :t])!r} comes {chars[targets[0, t - 1]]!r}")
+for t, target in enumerate(targets[0, :4], start=1):
+    print(f"after {decode(inputs[0, :t])!r} comes {chars[target]!r}")
 
 # %% [markdown]
 # ## What a language model does
@@ -1111,6 +1113,7 @@ def memory_in_plain_words():
 
 
 train_step = memory_in_plain_words()(train_step)
+estimate_loss = memory_in_plain_words()(estimate_loss)
 
 # %% [markdown]
 # ## Extra: keep the best model
@@ -1154,7 +1157,8 @@ if checkpoint:
 
 if save and Path(save).exists() and save not in ours:
     read_checkpoint(save)  # complains if something else would be replaced
-if save and not finished and not os.access(Path(save).parent, os.W_OK):
+folder = Path(save).parent
+if save and not finished and not (folder.is_dir() and os.access(folder, os.W_OK)):
     parser.error(f"save={save} is in no folder that can be written to")
 
 
@@ -1166,7 +1170,8 @@ def keep(step):
         best.update(step=step, val_loss=val_loss, weights=weights)
     if not save or rank or step == first_step:
         return
-    file, unfinished = Path(save), Path(f"{save}.{os.getpid()}.part")
+    file = Path(save)
+    unfinished = Path(f"{file}.{os.getpid()}.part")
     try:
         torch.save({
             "settings": {name: globals()[name] for name in SETTINGS},
@@ -1215,7 +1220,8 @@ def stopped():
     return count > 0
 
 
-usual = signal.getsignal(signal.SIGINT)
+# In a notebook, this cell may be run again, while on_ctrl_c is in place.
+usual = vars().get("usual", signal.getsignal(signal.SIGINT))
 
 # %% [markdown]
 # ## Extra: several processes
@@ -1333,7 +1339,7 @@ for start in sys.stdin if prompt == "-" else [prompt]:
 
 # %% [markdown]
 # ## Extra: a picture
-# Where matplotlib is installed, gpt.png (beside gpt.pt) shows how the loss fell,
+# Where matplotlib is installed, gpt.pt.png (beside gpt.pt) shows how the loss fell,
 # and where each head of the last block looks (rows look at columns).
 
 # %%
@@ -1352,7 +1358,7 @@ try:
         hook = model.blocks[-1].attention.register_forward_pre_hook(draw)
         list(generate(val_data[:32], 1))  # the next character after 32
         hook.remove()
-        figure.savefig(Path(save).with_suffix(".png"))
+        figure.savefig(f"{Path(save)}.png")
 except ModuleNotFoundError:
     pass  # it is not installed
 except Exception as error:

@@ -62,6 +62,8 @@ CASES = [  # arguments, and what the one line must say
     ("--load=short.txt", r"short\.txt is no checkpoint.*"),
     ("--load=empty.txt", r"empty\.txt is no checkpoint.*"),
     ("--load=other.pt", r"other\.pt is no checkpoint.*"),
+    ("--block_size=32768", r"block_size=32768 should be at least 1, and below 32768"),
+    ("--save=good.txt/gpt.pt", r".*save='?good\.txt/gpt\.pt.*folder.*"),
     ("--save=nowhere/gpt.pt", r".*save='?nowhere/gpt\.pt.*folder.*"),
     ("--save=folder", r".*folder.*"),
     ("--save=short.txt", r"short\.txt is no checkpoint.*"),
@@ -130,7 +132,7 @@ def test_bigram_complains_as_well(args, folder):
 
 
 @pytest.mark.parametrize("args", ["--n_head=8", "--n_head=1", "--n_embd=20", "--batch_size=3000",
-                                  "--top_k=99 --temperature=0", f"--seed={2**31 - 1}"])
+                                  "--block_size=1", "--block_size=2", "--top_k=99 --temperature=0", f"--seed={2**31 - 1}"])
 def test_unusual_numbers_that_work(args, folder):
     run = Quick(ROOT / "gpt.py", "--text_file=good.txt", *args.split(" "), "--max_iters=2",
                 cwd=folder).end()
@@ -150,11 +152,16 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_not_kept(steps, folder, tm
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of memory that is kept")
-def test_out_of_memory_is_one_line(folder, tmp_path):
+@pytest.mark.parametrize("text, number, limit", [
+    ("good.txt", "batch_size=200000", 6), ("long.txt", "block_size=20000", 7)])
+def test_out_of_memory_is_one_line(text, number, limit, folder, tmp_path):
+    """With pieces of 20,000 characters, the evaluation before the training needs too much."""
     resource = pytest.importorskip("resource")
-    run = Quick(ROOT / "gpt.py", f"--text_file={folder / 'good.txt'}", "--batch_size=2000000",
+    (folder / "long.txt").write_text((folder / "good.txt").read_text() * 11)
+    run = Quick(ROOT / "gpt.py", f"--text_file={folder / text}", f"--{number}",
                 "--max_iters=1", cwd=tmp_path)
-    resource.prlimit(run.pid, resource.RLIMIT_AS, (6 * 2**30, 6 * 2**30))
+    resource.prlimit(run.pid, resource.RLIMIT_AS, 2 * (limit * 2**30,))
     assert run.end().status == 2, run.stderr[-500:]
-    assert re.fullmatch(r"gpt\.py: error: out of memory; .*batch_size=2000000.*\n", run.stderr)
-    assert "step 0: " in run.stdout and "--- sample" not in run.stdout
+    assert re.fullmatch(rf"gpt\.py: error: out of memory; .*{number}.*\n", run.stderr)
+    assert ("step 0: " in run.stdout) == number.startswith("batch")
+    assert "--- sample" not in run.stdout

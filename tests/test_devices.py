@@ -83,7 +83,7 @@ def test_two_processes_follow_one(small_text, tmp_path):
     assert both[8] < both[0] - 0.05
     for line in ("characters, which begin", "parameters on cpu", "--- sample 1 of 1 ---"):
         assert two.stdout.count(line) == 1
-    assert {path.name for path in (tmp_path / "two").iterdir()} <= {"gpt.pt", "gpt.png"}
+    assert {path.name for path in (tmp_path / "two").iterdir()} <= {"gpt.pt", "gpt.pt.png"}
 
 
 def test_ctrl_c_ends_all_processes_between_two_steps(small_text, tmp_path):

@@ -218,6 +218,21 @@ def test_ctrl_c_before_the_first_step_leaves_all_as_it_was(script, whole, tmp_pa
     assert running.end().status == 130 and running.stderr == "" and files(tmp_path) == before
 
 
+def test_ctrl_c_ends_a_notebook_whose_cells_ran_twice():
+    """The second time, the first run's handler may still be there, if a cell failed meanwhile."""
+    cell = (ROOT / "gpt.py").read_text(encoding="utf-8").split("## Extra: Ctrl-C")[1]
+    cell, space = re.split(r"(?m)^# %%.*$", cell)[1], {"signal": signal, "losses": {}}
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        for _ in range(3):
+            exec(cell, space)
+            signal.signal(signal.SIGINT, space["on_ctrl_c"])
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_another_text_begins_with_the_best_weights_and_new_rows(script, overfit, tmp_path):
     text, source, before = tmp_path / "other.txt", overfit.path, overfit.path.read_bytes()
     text.write_text(OTHER, encoding="utf-8")
@@ -283,9 +298,9 @@ def test_a_model_made_on_a_gpu_is_loaded_on_a_cpu(script, whole, tmp_path):
 def test_what_is_changed_in_the_numbers_for_a_gpu_counts_as_given(script, tmp_path):
     """On what it takes for a GPU, as above; the numbers that have not changed are the file's."""
     play = [*GPU, ('"n_embd": 384', '"n_embd": 32'), ('"n_layer": 6', '"n_layer": 1')]
-    gpu = edited(script, tmp_path / "a", *play, ('"max_iters": 2000', '"max_iters": 2'))
+    gpu = edited(script, tmp_path / "a", *play, ('"max_iters": 1000', '"max_iters": 2'))
     first = finish(gpu, tmp_path, block_size=16, eval_interval=2)
-    more = edited(script, tmp_path / "b", *play, ('"max_iters": 2000', '"max_iters": 4'))
+    more = edited(script, tmp_path / "b", *play, ('"max_iters": 1000', '"max_iters": 4'))
     done = finish(more, tmp_path, load="gpt.pt", max_new_tokens=9)
     changed = {"max_iters": 4, "max_new_tokens": 9}
     assert done.kept["settings"] == first.kept["settings"] | changed

@@ -96,7 +96,7 @@ def test_runs_as_a_notebook(any_book):
     assert "--- sample 1 of 1 ---\n" in said and "\r" not in said
     if gpt:
         assert (any_book.folder / "gpt.pt").exists()
-        assert (any_book.folder / "gpt.png").read_bytes()[:4] == b"\x89PNG"
+        assert (any_book.folder / "gpt.pt.png").read_bytes()[:4] == b"\x89PNG"
         assert any("image/png" in output.data for output in any_book.shown)
 
 
