@@ -132,7 +132,8 @@ def test_bigram_complains_as_well(args, folder):
 
 
 @pytest.mark.parametrize("args", ["--n_head=8", "--n_head=1", "--n_embd=20", "--batch_size=3000",
-                                  "--block_size=1", "--block_size=2", "--top_k=99 --temperature=0", f"--seed={2**31 - 1}"])
+                                  "--block_size=1", "--block_size=2",
+                                  "--top_k=99 --temperature=0", f"--seed={2**31 - 1}"])
 def test_unusual_numbers_that_work(args, folder):
     run = Quick(ROOT / "gpt.py", "--text_file=good.txt", *args.split(" "), "--max_iters=2",
                 cwd=folder).end()
