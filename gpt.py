@@ -730,9 +730,9 @@ def train_step(step):
 # pieces that follow. Each step brings one idea.
 #
 # Each step names two losses: with all steps up to this one, and with those before
-# it only. (The README tells how to get a script for each step.) They are those in
+# it only. (The README tells how to get a script for each step.) It is the loss in
 # validation, after a whole training of 300 steps (`max_iters = 300`) with the
-# numbers for a CPU. The seven steps bring it, together, from 2.14 to 1.52.
+# numbers for a CPU. The seven steps bring it down, together, from 2.14 to 1.52.
 #
 # ## Step 10: rotary positions
 # Of two positions, the distance should count, not where they stand. With the clocks
@@ -762,9 +762,9 @@ cos, sin = angles.cos().to(device), angles.sin().to(device)     # each (T, D/2)
 def rotate(x):
     """Turn each pair x[i], x[i + D/2] of x (B, T, D) by its angle at each position."""
     T = x.shape[1]
-    a, b = x.chunk(2, dim=-1)               # each (B, T, D/2): the tips of the hands
-    turned_a = a * cos[:T] - b * sin[:T]    # (B, T, D/2): and where they are then
-    turned_b = a * sin[:T] + b * cos[:T]    # (B, T, D/2)
+    a, b = x.chunk(2, dim=-1)             # each (B, T, D/2), the tips of the hands
+    turned_a = a * cos[:T] - b * sin[:T]  # (B, T, D/2), and where they are afterwards
+    turned_b = a * sin[:T] + b * cos[:T]  # (B, T, D/2)
     return torch.cat([turned_a, turned_b], dim=-1)
 
 
