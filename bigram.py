@@ -224,7 +224,8 @@ for t, target in enumerate(targets[0, :4], start=1):
 # To train a model is to make its loss small. The *gradient* of a number (a weight,
 # or a result in between) tells how fast the loss rises as this number rises.
 # PyTorch finds the gradients of all numbers on one way back through the model, from
-# the loss to the inputs, each from those after it. This is called
+# the loss to the inputs, each from those after it: a number that is multiplied by 3
+# on its way to the next one has 3 times the gradient of that one. This is called
 # *backpropagation*.
 
 # %% [markdown]
@@ -333,6 +334,14 @@ def evaluate(step):
     losses[step] = train_loss, val_loss
 
 
+def show_progress(step, loss):
+    """On a terminal, tell from time to time how far the training is."""
+    if step % 10 == 0 and os.isatty(1):
+        minutes = (time.time() - began) / (step - first_step) / 60  # for one step
+        print(f"step {step} of {max_iters}: loss {loss.item():.3f}, "
+              f"{minutes * (max_iters - step):4.1f} minutes left ", end="\r")
+
+
 # %% [markdown]
 # ## Training
 # One step: take a batch, compute the loss, let backpropagation find out how each
@@ -340,12 +349,12 @@ def evaluate(step):
 # training, further below, is this loop, with a look at the losses now and then:
 #
 #     for step in range(1, max_iters + 1):
-#         train_step(step)
+#         inputs, targets = get_batch(step)
+#         train_step(inputs, targets)
 
 # %%
-def train_step(step):
-    """Adjust all weights once, by the batch of this step; return its loss."""
-    inputs, targets = get_batch(step)
+def train_step(inputs, targets):
+    """Adjust all weights once, by this batch, (B, T) each; return its loss."""
     logits, loss = model(inputs, targets)
     model.zero_grad()      # forget the gradients of the step before
     loss.backward()        # find the gradient of the loss for every weight
@@ -369,11 +378,9 @@ evaluate(first_step)
 
 began = time.time()
 for step in range(first_step + 1, max_iters + 1):
-    loss = train_step(step)
-    if step % 10 == 0 and os.isatty(1):  # on a terminal, tell how far it is
-        minutes = (time.time() - began) / (step - first_step) / 60  # for one step
-        print(f"step {step} of {max_iters}: loss {loss.item():.3f}, "
-              f"{minutes * (max_iters - step):4.1f} minutes left ", end="\r")
+    inputs, targets = get_batch(step)
+    loss = train_step(inputs, targets)
+    show_progress(step, loss)
     if step % eval_interval == 0 or step == max_iters:
         evaluate(step)
 

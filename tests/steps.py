@@ -32,34 +32,31 @@ EXTRA = 99
 
 # Headings of gpt.py that do not name the step they come with.
 OWNERS = {"The block": 2, "The GPT": 2, "Part two: what has been found since": 10,
-          "The modern GPT": 10, "Model and optimizers of part two": 10, "Extras": EXTRA}
+          "The modern GPT": 10, "Muon, the optimizer": 14,
+          "Model and optimizers of part two": 10, "Extras": EXTRA}
 
 # How a line reads before the step: (as it stands in gpt.py, as it stood), each found just once.
 EDITS = {
     2: [("model = GPT(Block).to(device)  # before Step 2: LanguageModel()",
          "model = LanguageModel().to(device)")],
-    3: [("    def __init__(self):\n        super().__init__()\n        self.attention = Head()\n",
+    4: [("    def __init__(self):\n        super().__init__()\n        self.attention = Head()\n",
          ""),
         ("        x = x + self.attention(x)\n",
          "        T = x.shape[1]\n        x = x + equal_weights[:T, :T] @ x\n")],
     5: [("self.attention = MultiHeadAttention(Head)", "self.attention = Head()"),
         ("D = n_embd // n_head", "D = n_embd")],
-    7: [("self.attention(self.norm1(x))", "self.attention(x)"),
-        ("self.feed_forward(self.norm2(x))  # Step 6", "self.feed_forward(x)         # Step 6")],
+    7: [("self.attention(self.norm1(x))\n"
+         "        x = x + self.feed_forward(self.norm2(x))  # Step 6",
+         "self.attention(x)\n        x = x + self.feed_forward(x)  # Step 6")],
     8: [("self.blocks = nn.Sequential(*[block_class() for _ in range(n_layer)])",
          "self.block = block_class()"),
         ("x = self.blocks(x)" + 18 * " ", "x = self.block(x)" + 19 * " ")],
     11: [("MultiHeadAttention(NormedHead)", "MultiHeadAttention(RotaryHead)")],
     12: [("MultiHeadAttention(GatedHead)", "MultiHeadAttention(NormedHead)"),
-         ("GatedFeedForward()  # Step 12", "FeedForward()")],
+         ("self.feed_forward = GatedFeedForward()", "self.feed_forward = FeedForward()")],
+    13: [("shift(self.norm1(x))", "self.norm1(x)"), ("shift(self.norm2(x))", "self.norm2(x)")],
     14: [("[torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, muon_lr)]",
           "[torch.optim.AdamW(model.parameters(), lr=learning_rate)]")],
-    15: [("#\n# (The lines marked Step 15 are explained in Step 15. Pass over them for now.)\n",
-          "")],
-    16: [("get_renamed_batch(step)  # Step 16", "get_batch(step)"),
-         ("15 or 16 are explained there. Pass over them for now:\n"
-          "# before Step 16, the batch came from `get_batch`.)",
-          "15 are explained in Step 15. Pass over them for now.)")],
     EXTRA: [
         ('checkpoint["excerpt"] if finished else read_text()  # Extra: a part is enough',
          "read_text()"),
@@ -73,7 +70,7 @@ EDITS = {
 
 # What takes a step out of the whole: edits of gpt.py, and options.
 WITHOUT = {
-    3: [("x + self.attention(shift", "x + 0 * self.attention(shift")],
+    4: [("x + self.attention(shift", "x + 0 * self.attention(shift")],
     5: ["--n_head=1"],
     6: [("x + self.feed_forward(shift", "x + 0 * self.feed_forward(shift")],
     7: [("shift(self.norm1(x))", "shift(x)"), ("shift(self.norm2(x))", "shift(x)"),
@@ -84,14 +81,12 @@ WITHOUT = {
          ("        x = self.token_embedding(idx)  # (B, T, C)\n",
           "        return super().vectors(idx)\n")],
     11: [("class GatedHead(NormedHead)", "class GatedHead(RotaryHead)")],
-    12: [("MultiHeadAttention(GatedHead)", "MultiHeadAttention(NormedHead)"),
-         ("GatedFeedForward()  # Step 12", "FeedForward()")],
-    13: [("shift(self.norm1(x))", "self.norm1(x)"), ("shift(self.norm2(x))", "self.norm2(x)")],
-    14: [("[torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, muon_lr)]",
-          "[torch.optim.AdamW(model.parameters(), lr=learning_rate)]")],
+    12: EDITS[12],
+    13: EDITS[13],
+    14: EDITS[14],
     16: [("names.sort(key=len)", "names = []")],
 }
-WITHOUT["3 and 13"] = [
+WITHOUT["4 and 13"] = [
     ("x + self.attention(shift(self.norm1(x)))", "x + 0 * self.attention(self.norm1(x))"),
     ("shift(self.norm2(x))", "self.norm2(x)")]
 WITHOUT["14, rate 0.002"] = [*WITHOUT[14], "--learning_rate=0.002"]
@@ -107,8 +102,9 @@ BARE = [
     (r"if len\(val_data\) .*\n    parser.*\n.*\n", ""),
     (r"    if not math.isfinite.*\n    .*\n", ""),
     (r"    # Wide enough .*\n    print\(line\.ljust\(79\)\)", "    print(line)"),
+    (r"\n\ndef show_progress[\s\S]*?end=.*\n", ""),
     (r"began = time.*\n", ""),
-    (r"    if step % 10 == 0 [\s\S]*?end=.*\n", ""),
+    (r"    show_progress.*\n", ""),
     (r"for start in sys.stdin [\s\S]*", "write(prompt, max_new_tokens, seed)\n"),
 ]
 
@@ -250,7 +246,9 @@ def difference(step):
     """Return what changes in the code in this step, as the lines of a diff."""
     old, new = ([line for is_text, lines in cells(script(n)) if not is_text for line in lines]
                 for n in (step - 1, step))
-    return list(difflib.unified_diff(old, new, lineterm=""))[2:]
+    lines = list(difflib.unified_diff(old, new, lineterm=""))[2:]
+    # The numbers of lines would be those of no file.
+    return ["@@ ... @@" if line.startswith("@@") else line for line in lines]
 
 
 def text_below(heading, name="gpt.py"):
@@ -263,7 +261,8 @@ def text_below(heading, name="gpt.py"):
 
 def text_of(step):
     """Return the text of a step, as gpt.py has it, in paragraphs."""
-    also = {2: "The block", 10: "The modern GPT"}  # a heading of its own comes with these
+    # Something with a heading of its own comes with these.
+    also = {2: "The block", 10: "The modern GPT", 14: "Muon, the optimizer"}
     text = text_below(f"Step {step}:")
     if step in also:
         text += f"\n\n**{also[step]}.** {text_below(also[step])}"
@@ -399,13 +398,13 @@ def table():
 
 def worth():
     """Return the table of what stands in for attention and for Muon, as far as measured."""
-    runs = {"the whole": max(titles()), "without attention": "without 3",
-            "without token shift": "without 13", "without both": "without 3 and 13",
+    runs = {"the whole": max(titles()), "without attention": "without 4",
+            "without token shift": "without 13", "without both": "without 4 and 13",
             "AdamW in place of Muon, learning rate 0.002": "without 14, rate 0.002",
             "AdamW in place of Muon, learning rate 0.004": "without 14"}
     rows, head = [[title] for title in runs], [""]
     for iters in (300, 1500):  # all on the seeds on which attention was taken out
-        seeds = list(by_seed("without 3", iters))
+        seeds = list(by_seed("without 4", iters))
         head.append(f"loss after {iters:,} steps (seeds: {', '.join(seeds)})")
         for row, name in zip(rows, runs.values()):
             losses = [loss for seed, loss in by_seed(name, iters).items() if seed in seeds]
@@ -426,8 +425,10 @@ def walk():
         sample = results().get(f"300/1337/{step}", ("", ""))[1].strip()
         if not whole:
             sample = sample_of(step)
+        one = [by_seed(number).get("1337", math.nan) for number in (step - 1, step)]
         out += [f"### Step {step}: {title}", "", text, "",
                 f"Loss: {mean(step - 1):.3f} before, **{mean(step):.3f}** after. "
+                f"(With seed 1337, as in your own run: {one[0]:.3f} and {one[1]:.3f}.) "
                 + (f"**This is {whole}.** " if whole else "") + "It writes:", "",
                 "```", sample, "```", "",
                 f"<details><summary>The difference ({lines_of(step)} lines of code)</summary>",

@@ -208,7 +208,6 @@ def test_ctrl_c_twice_ends_at_once(script, tmp_path):
     assert all(load(path) for path in tmp_path.glob("*/gpt.pt"))
 
 
-# the cell "Progress", there is a traceback.
 @pytest.mark.parametrize("moment", ["characters", "step 0"])
 def test_ctrl_c_before_the_first_step_leaves_all_as_it_was(script, whole, tmp_path, moment):
     shutil.copy(whole.path, tmp_path)
@@ -361,7 +360,6 @@ def spoil(kind, source, path):
     torch.save(weight if kind == "tensor" else checkpoint, path)
 
 
-# brings a warning of torch.
 @pytest.mark.parametrize("kind", [
     "flipped", "truncated", "empty", "text", "pickle", "nan", "code", "setting", "tensor",
     "settings", "as_written", "model", "optimizers", "step", "best", "losses", "chars", "excerpt",

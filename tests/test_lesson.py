@@ -115,10 +115,8 @@ def test_every_step_is_a_script_that_runs(step, tmp_path):
 
 @pytest.mark.parametrize("step", STEPS[1:])
 def test_a_step_changes_little(step):
-    lines = steps.difference(step)
-    title, count = steps.titles()[step], sum(line.startswith("@@") for line in lines)
-    assert count <= 5
-    assert 0 < steps.lines_of(step) <= (35 if title == "Muon" else 28)
+    assert sum(line.startswith("@@") for line in steps.difference(step)) <= 5
+    assert 0 < steps.lines_of(step) <= 35
     assert code_of(steps.script(step)) != code_of(steps.script(step - 1))
 
 
@@ -135,8 +133,8 @@ def test_show_and_write(tmp_path):
     tool("--write=all")
     found = sorted(path.name for path in (tmp_path / "all").iterdir())
     assert found == [*map(steps.file_name, STEPS), "input.txt"] and found[0] == "00_bigram.py"
-    shown = tool("--show=3")
-    assert shown.startswith("Step 3: attention\n") and "+class Head(nn.Module):\n" in shown
+    shown = tool("--show=4")
+    assert shown.startswith("Step 4: attention\n") and "+class Head(nn.Module):\n" in shown
     assert all(title in tool("--show") for title in steps.titles().values())
 
 
@@ -146,7 +144,7 @@ def test_the_readme_is_what_the_tool_writes():
 
 
 def test_what_gpt_py_says_its_steps_are_worth():
-    for step in range(10, STEPS[-1] + 1):
+    for step in {*STEPS} - {0, 1, 2, 3, 8, 9}:
         text = " ".join(steps.text_of(step).split())
         told = re.search(r"loss is (\S+) instead of (\S+)\.", text).groups()
         assert told == (f"{steps.mean(step):.2f}", f"{steps.mean(step - 1):.2f}"), step

@@ -328,7 +328,7 @@ def test_dropout_is_on_while_gradients_are_wanted(tmp_path):
     space["model"].register_forward_pre_hook(
         lambda model, _: modes.append((model.training, torch.is_grad_enabled())))
     for step in range(1, 6):
-        space["train_step"](step)
+        space["train_step"](*space["get_batch"](step))
         space["evaluate"](step)
     assert modes.count((True, True)) == 5
     assert set(modes) == {(True, True), (False, False)} and not space["model"].training
@@ -339,18 +339,20 @@ def test_learning_rates_fall_to_zero(tmp_path):
     space = names("gpt.py", tmp_path)
     space["max_iters"] = 40
     for step in range(1, 41):
-        space["train_step"](step)
+        space["set_learning_rates"](step)
         for optimizer, rate in zip(space["optimizers"], (0.004, 0.02)):
             rates = [group["lr"] for group in optimizer.param_groups]
             assert rates == pytest.approx([rate * (41 - step) / 40] * len(rates))
 
 
 def test_training_is_adamw_and_muon_by_the_book(tmp_path):
-    """Three calls of train_step against a loop written anew with fresh optimizers."""
+    """Three steps against a loop written anew with fresh optimizers."""
     a, b = (names("gpt.py", tmp_path) for _ in range(2))
     a["max_iters"] = 3
     for step in (1, 2, 3):
-        a["train_step"](step)
+        torch.manual_seed(1337 + step)
+        a["set_learning_rates"](step)
+        a["train_step"](*a["get_renamed_batch"](step))
         for optimizer, rate in zip(b["optimizers"], (0.004, 0.02)):
             for group in optimizer.param_groups:
                 group["lr"] = rate * (4 - step) / 3
@@ -364,6 +366,22 @@ def test_training_is_adamw_and_muon_by_the_book(tmp_path):
             optimizer.step()
     for x, y in zip(a["model"].parameters(), b["model"].parameters()):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", [1, 2])
+def test_only_part_two_has_a_schedule_and_other_names(part, tmp_path):
+    numbers = {"part": part, "dropout": 0.2}
+    run = names("gpt.py", tmp_path, max_iters=3, **numbers)
+    space = names("gpt.py", tmp_path, **numbers)
+    for step in (1, 2, 3):
+        torch.manual_seed(1337 + step)
+        batch = space["get_renamed_batch" if part == 2 else "get_batch"](step)
+        for optimizer in space["optimizers"] if part == 2 else []:
+            for group in optimizer.param_groups:
+                group["lr"] = optimizer.defaults["lr"] * (4 - step) / 3
+        space["train_step"](*batch)
+    space["evaluate"](3)
+    assert run["losses"][3] == space["losses"][3]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
