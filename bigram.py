@@ -334,14 +334,6 @@ def evaluate(step):
     losses[step] = train_loss, val_loss
 
 
-def show_progress(step, loss):
-    """On a terminal, tell from time to time how far the training is."""
-    if step % 10 == 0 and os.isatty(1):
-        minutes = (time.time() - began) / (step - first_step) / 60  # for one step
-        print(f"step {step} of {max_iters}: loss {loss.item():.3f}, "
-              f"{minutes * (max_iters - step):4.1f} minutes left ", end="\r")
-
-
 # %% [markdown]
 # ## Training
 # One step: take a batch, compute the loss, let backpropagation find out how each
@@ -367,6 +359,19 @@ def train_step(inputs, targets):
 # %% [markdown]
 # # Running it
 #
+# ## Progress
+# On a terminal, a line tells how far the training is.
+
+# %%
+def show_progress(step, loss):
+    """Print it every ten steps; the run, below, began after first_step."""
+    if step % 10 == 0 and os.isatty(1):
+        minutes = (time.time() - began) / (step - first_step) / 60  # for one step
+        print(f"step {step} of {max_iters}: loss {loss.item():.3f}, "
+              f"{minutes * (max_iters - step):4.1f} minutes left ", end="\r")
+
+
+# %% [markdown]
 # ## The run
 # The training, step after step, with a look at the losses and a sample now and
 # then.

@@ -9,10 +9,10 @@ The whole machine: characters -> ids -> vectors (embedding) -> blocks, each atte
 -> draw one, append it, repeat.
 
 On a first reading, look at the hyperparameters, go on at "The text", stop where part
-one ends, and look at "Running it" at the end: this is a complete GPT, and its training.
-Part two is what has been found since. What is called "Extra" teaches nothing about
-GPTs. (`checkpoint`, `finished` and `first_step` belong to it: they are about going on
-with an earlier run.)
+one ends, and look at "Running it" at the end: this is a complete GPT, and its training
+(--part=1 runs it). Part two is what has been found since, and it trains faster. What is
+called "Extra" teaches nothing about GPTs. (`checkpoint`, `finished` and `first_step`
+belong to it: they are about going on with an earlier run.)
 
 bigram.py is this script with the simplest model there is, and each "Step" is one idea
 on the way from there to here. (In the repository, tests/steps.py writes each step as a
@@ -341,8 +341,8 @@ for t, target in enumerate(targets[0, :4], start=1):
 # Characters that behave alike can become alike. A linear layer, `lm_head` (the head
 # of a language model), then turns a vector into scores. On its own, this can say no
 # more than the table. But from now on there are vectors, to which more can be
-# added. (The learning rate becomes smaller, for a table can stand larger steps than
-# this.) The loss is 2.51; that of the table is 2.50.
+# added. (A table could stand a larger `learning_rate`: in bigram.py, it is 0.05.)
+# After 300 steps, the loss is 2.51 instead of 2.50.
 #
 # Most of the later steps change how the vectors are made. So this is a method of
 # its own, which they can replace.
@@ -380,12 +380,13 @@ class LanguageModel(nn.Module):
 # means are one product of matrices, `equal_weights @ x` (the same weights for every
 # piece of the batch). Row t of `equal_weights` has equal numbers for the positions
 # 0 to t. It has 0 for the later ones, which must stay hidden: they are what the
-# model is to guess. The means are then added to x.
+# model is to guess. The means are then added to x, so that it keeps what it knows:
+# x + equal_weights @ x.
 #
-# A plain mean does not help yet, because it blurs together all that came before:
-# the loss after 300 steps is 2.52 instead of 2.51. But attention, soon, will be a
-# mean as well, only with better weights. (It takes the place of this one. So in
-# gpt.py, these weights are printed, and no more.)
+# A plain mean does not help yet, because it blurs together all that came before.
+# After 300 steps, the loss is 2.52 instead of 2.51. But attention, soon, will be a
+# mean as well, only with better weights. (It takes the place of this one. So gpt.py
+# only prints these weights, to show them.)
 
 # %%
 # Row t is True for the positions 0 to t (tril keeps the lower left of a matrix).
@@ -407,9 +408,9 @@ print(equal_weights[:4, :4].cpu().numpy().round(2))
 # and some are slow, for far ones. (Does adding not spoil the character? With so
 # many numbers in a vector, the model learns to keep the two apart.)
 #
-# A plain mean blurs the clocks, too, so this does not help yet, and the loss is
-# 2.53 as before. The next step can use them. (After Vaswani et al. 2017,
-# arXiv:1706.03762. GPT-2 has a table of learned vectors instead.)
+# A plain mean blurs the clocks, too, so this does not help yet. The next step can
+# use them. After 300 steps, the loss is 2.53 instead of 2.52. (After Vaswani et al.
+# 2017, arXiv:1706.03762. GPT-2 has a table of learned vectors instead.)
 
 # %%
 # From one position to the next, the fastest clock turns by 1 (in radians, which is 57
@@ -437,14 +438,14 @@ positions = torch.cat([angles.sin(), angles.cos()], dim=1).to(device)  # (T, C)
 # scores into weights, positive and adding up to 1. The mean with these weights is
 # taken over the values. In one line:
 #
-# attention = softmax(queries @ keys.T / sqrt(D)) @ values
+# attention = softmax(queries @ keys.T / sqrt(D) + mask) @ values
 #
 # (The names are the usual ones, but ambiguous: these scores are not those of
 # characters, these weights are computed, not learned, and `lm_head` is no head of
 # attention.)
 #
-# Later positions get a score of minus infinity, which softmax turns into a weight
-# of 0.
+# The mask gives later positions a score of minus infinity, which softmax turns into
+# a weight of 0.
 #
 # Why sqrt(D)? A score is a sum of D products, some positive and some negative.
 # These partly cancel, so the sum is not D times as large as one of them, but
@@ -453,11 +454,12 @@ positions = torch.cat([angles.sin(), angles.cos()], dim=1).to(device)  # (T, C)
 # little can be learned from it. (Vaswani et al. 2017)
 #
 # How can a head find the character just before? By the clocks. The product of two
-# hands is largest where they point the same way, and a linear layer can turn the
-# hands that it gets (any turn is a product with a matrix). So let the keys be the
-# clocks as they are, and let the query be those of its own position, turned back by
-# one step: it fits best the key just before. This is learned once, and works
-# everywhere. After 300 steps, the loss is 2.34 instead of 2.53.
+# hands is largest where they point the same way. A linear layer can turn the hands
+# that it gets (any turn is a product with a matrix). So let the keys be the clocks
+# as they are, and the queries the clocks turned back by one step. At position 5,
+# the hand of the query then is not at 50 degrees but at 40, as is that of the key
+# at position 4. So these two fit best. This is learned once, and works everywhere.
+# After 300 steps, the loss is 2.34 instead of 2.53.
 
 # %%
 # The mask is added to the scores: 0 where a position may look, else minus infinity.
@@ -586,9 +588,10 @@ class Block(nn.Module):
 #
 # A deep model is harder to train, so the last layer of attention and that of
 # feed-forward begin at zero. At first a block adds nothing but the biases of these
-# layers, and the deep model is as simple as a shallow one. (Zeros can learn: the
+# layers, and the deep model is as simple as a shallow one. (Can zeros learn? The
 # gradient of a weight depends on what goes into its layer, and on what comes after
-# it, not on the weight itself.)
+# it, not on the weight itself. So in the very first step, `lm_head` learns, and
+# from the second step on, these layers, which come before it.)
 #
 # ## Step 9: dropout
 # A large model can learn a small text by heart. During training, dropout sets
@@ -698,14 +701,6 @@ def evaluate(step):
     print(line.ljust(79))
     write("", 80, seed)
     losses[step] = train_loss, val_loss
-
-
-def show_progress(step, loss):
-    """On a terminal, tell from time to time how far the training is."""
-    if step % 10 == 0 and os.isatty(1):
-        minutes = (time.time() - began) / (step - first_step) / 60  # for one step
-        print(f"step {step} of {max_iters}: loss {loss.item():.3f}, "
-              f"{minutes * (max_iters - step):4.1f} minutes left ", end="\r")
 
 
 # %% [markdown]
@@ -820,6 +815,7 @@ class NormedHead(RotaryHead):
 # with another. One of the two is the gate: it passes through `F.silu`, a smooth
 # ReLU, which is near 0 for patterns that are not there. The three layers are
 # narrower (8/3 C instead of 4 C), so that they have as many weights as the two had.
+# (With the gates of the heads, the model is 8% larger than before.)
 #
 # After 300 steps, the loss is 1.91 instead of 1.97.
 
@@ -917,9 +913,10 @@ class ModernGPT(GPT):
 # the language of mathematics, these strengths are the *singular values* of the
 # matrix, and Muon sets nearly all of them to about 1.)
 #
-# How can all strengths become about 1, without finding out the simple ones? First,
-# how a *number* becomes about 1, by multiplying and adding alone. Take one between
-# 0.01 and 1, put it into this formula, put the result in again, and so on:
+# How can all strengths become about 1, without finding out the simple ones? (You
+# may believe that they do, and go on.) First, how a *number* becomes about 1, by
+# multiplying and adding alone. Take one between 0.01 and 1, put it into this
+# formula, put the result in again, and so on:
 #
 # 3.4445 x - 4.7750 x^3 + 2.0315 x^5
 #
@@ -939,8 +936,8 @@ class ModernGPT(GPT):
 # Muon adjusts the matrices in the blocks. All other weights are left to AdamW,
 # including the embedding and `lm_head`: there AdamW does better, as Jordan found.
 # After 300 steps, the loss is 1.66 instead of 1.68. (This seems little for so much
-# thought. But the whole, with the two steps to come, would end at 1.58 instead of
-# 1.52 without Muon.)
+# thought. But with the two steps to come, Muon is worth more: without it, the whole
+# would end at 1.58, and with it, it ends at 1.52.)
 #
 # (There is a `torch.optim.Muon`, too, which does the same. But it always computes
 # in numbers of 16 bits. On processors without units for these, a step would take
@@ -1245,10 +1242,13 @@ def stopped():
     if world > 1:
         torch.distributed.all_reduce(count)
     interrupted.clear()
-    if count > 0:
-        again = f"--load={save}" + (f" --text_file={text_file}" if another_text else "")
-        print(("stopped by Ctrl-C" + (f"; {again} goes on" if save else "")).ljust(79))
     return count > 0
+
+
+def say_how_to_go_on():
+    """Print it, when the training has been stopped."""
+    again = f"--load={save}" + (f" --text_file={text_file}" if another_text else "")
+    print("stopped by Ctrl-C" + (f"; {again} goes on" if save else ""))
 
 
 # In a notebook, this cell may be run again, while on_ctrl_c is in place.
@@ -1309,6 +1309,19 @@ if device == "cuda" and not (finished or torch.distributed.is_torchelastic_launc
 # %% [markdown]
 # # Running it
 #
+# ## Progress
+# On a terminal, a line tells how far the training is.
+
+# %%
+def show_progress(step, loss):
+    """Print it every ten steps; the run, below, began after first_step."""
+    if step % 10 == 0 and os.isatty(1):
+        minutes = (time.time() - began) / (step - first_step) / 60  # for one step
+        print(f"step {step} of {max_iters}: loss {loss.item():.3f}, "
+              f"{minutes * (max_iters - step):4.1f} minutes left ", end="\r")
+
+
+# %% [markdown]
 # ## The run
 # The training, step after step, with a look at the losses and a sample now and
 # then.
@@ -1327,11 +1340,12 @@ if not finished:  # Extra
 
 began = time.time()
 for step in range(first_step + 1, max_iters + 1):
-    torch.manual_seed(seed + step)  # Step 9: this decides what is hidden
-    inputs, targets = get_batch(step)
-    if part == 2:  # Step 15
-        set_learning_rates(step)
+    torch.manual_seed(seed + step)  # Step 9: this decides what chance does
+    if part == 2:
+        set_learning_rates(step)                   # Step 15
         inputs, targets = get_renamed_batch(step)  # Step 16
+    else:
+        inputs, targets = get_batch(step)
     loss = train_step(inputs, targets)
     show_progress(step, loss)
     stop = stopped()  # Extra: by Ctrl-C
@@ -1339,6 +1353,7 @@ for step in range(first_step + 1, max_iters + 1):
         evaluate(step)
         keep(step)  # Extra
     if stop:  # Extra
+        say_how_to_go_on()
         break
 
 # %% [markdown]

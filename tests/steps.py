@@ -57,6 +57,11 @@ EDITS = {
     13: [("shift(self.norm1(x))", "self.norm1(x)"), ("shift(self.norm2(x))", "self.norm2(x)")],
     14: [("[torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, muon_lr)]",
           "[torch.optim.AdamW(model.parameters(), lr=learning_rate)]")],
+    15: [("    if part == 2:\n        set_learning_rates(step)  # Step 15\n", "")],
+    16: [("        set_learning_rates(step)                   # Step 15\n"
+          "        inputs, targets = get_renamed_batch(step)  # Step 16\n"
+          "    else:\n        inputs, targets = get_batch(step)\n",
+          "        set_learning_rates(step)  # Step 15\n    inputs, targets = get_batch(step)\n")],
     EXTRA: [
         ('checkpoint["excerpt"] if finished else read_text()  # Extra: a part is enough',
          "read_text()"),
@@ -89,6 +94,12 @@ WITHOUT = {
 WITHOUT["4 and 13"] = [
     ("x + self.attention(shift(self.norm1(x)))", "x + 0 * self.attention(self.norm1(x))"),
     ("shift(self.norm2(x))", "self.norm2(x)")]
+WITHOUT["dealing"] = [
+    ("        offset = torch.randint(block_size, (1,), generator=chance)\n"
+     "        shuffled = cuts[torch.randperm(len(cuts), generator=chance)]\n"
+     "        starts.extend((shuffled + offset).tolist())\n",
+     "        starts.extend(torch.randint(len(train_data) - block_size, (batch_size,),\n"
+     "                                    generator=chance).tolist())\n")]
 WITHOUT["14, rate 0.002"] = [*WITHOUT[14], "--learning_rate=0.002"]
 
 # What a bare script does without: (a pattern, what stands in its place), each found just once.
@@ -102,7 +113,7 @@ BARE = [
     (r"if len\(val_data\) .*\n    parser.*\n.*\n", ""),
     (r"    if not math.isfinite.*\n    .*\n", ""),
     (r"    # Wide enough .*\n    print\(line\.ljust\(79\)\)", "    print(line)"),
-    (r"\n\ndef show_progress[\s\S]*?end=.*\n", ""),
+    (r"# ## Progress[\s\S]*?end=.*\n\n\n# %% \[markdown\]\n", ""),
     (r"began = time.*\n", ""),
     (r"    show_progress.*\n", ""),
     (r"for start in sys.stdin [\s\S]*", "write(prompt, max_new_tokens, seed)\n"),
