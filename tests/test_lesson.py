@@ -170,6 +170,8 @@ def test_what_gpt_py_says_its_steps_are_worth():
                      " ".join(steps.text_of(8).split())).groups()
     assert told == (f"{steps.mean(8, 1200):.2f}", f"{steps.mean(7, 1200):.2f}")
     source = SOURCE["gpt.py"].replace("\n# ", " ")
+    told = re.search(r"would end at (\S+), and with it, it ends at (\S+)\.\)", source).groups()
+    assert told == (f"{steps.mean('without 14'):.2f}", f"{steps.mean(STEPS[-1]):.2f}")
     told = re.search(r"together, from (\S+) to (\S+)\.", source).groups()
     assert told == (f"{steps.mean(9):.2f}", f"{steps.mean(STEPS[-1]):.2f}")
 
