@@ -342,8 +342,9 @@ for t, target in enumerate(targets[0, :4], start=1):
 # Characters that behave alike can become alike. A linear layer, `lm_head` (the head
 # of a language model), then turns a vector into scores. On its own, this can say no
 # more than the table. But from now on there are vectors, to which more can be
-# added. (A table could stand a larger `learning_rate`: in bigram.py, it is 0.05.)
-# After 300 steps, the loss is 2.51 instead of 2.50.
+# added. (From here on, the `learning_rate` is 0.004 instead of 0.05. In a table, a
+# weight moves one score. Now, it moves many.) After 300 steps, the loss is 2.51
+# instead of 2.50.
 #
 # Most of the later steps change how the vectors are made. So this is a method of
 # its own, which they can replace.
@@ -384,10 +385,11 @@ class LanguageModel(nn.Module):
 # model is to guess. The means are then added to x, so that it keeps what it knows:
 # x + equal_weights @ x.
 #
-# A plain mean does not help yet, because it blurs together all that came before.
-# After 300 steps, the loss is 2.52 instead of 2.51. But attention, soon, will be a
-# mean as well, only with better weights. (It takes the place of this one. So gpt.py
-# only prints these weights, to show them.)
+# A plain mean does not help yet. In it, every character before says what it would
+# say if it were the last one, and all are equally loud. After 300 steps, the loss
+# is 2.52 instead of 2.51. But attention, soon, will be a mean as well, with better
+# weights. (It takes the place of this one. So gpt.py only prints these weights, to
+# show them.)
 
 # %%
 # Row t is True for the positions 0 to t (tril keeps the lower left of a matrix).
@@ -409,9 +411,11 @@ print(equal_weights[:4, :4].cpu().numpy().round(2))
 # and some are slow, for far ones. (Does adding not spoil the character? With so
 # many numbers in a vector, the model learns to keep the two apart.)
 #
-# A plain mean blurs the clocks, too, so this does not help yet. The next step can
-# use them. After 300 steps, the loss is 2.53 instead of 2.52. (After Vaswani et al.
-# 2017, arXiv:1706.03762. GPT-2 has a table of learned vectors instead.)
+# In a plain mean, this does not help yet. It adds up the characters, and it adds up
+# the clocks, and does not tell any more which clock came with which character. The
+# next step can use them. After 300 steps, the loss is 2.53 instead of 2.52. (After
+# Vaswani et al. 2017, arXiv:1706.03762. GPT-2 has a table of learned vectors
+# instead.)
 
 # %%
 # From one position to the next, the fastest clock turns by 1 (in radians, which is 57
@@ -554,8 +558,8 @@ class FeedForward(nn.Module):
 # LayerNorm stands before attention, one before feed-forward, and one before
 # `lm_head`. It shifts and scales each vector, so that its numbers have mean 0 and
 # variance 1. (Then it multiplies by one learned vector, and adds another.) So what
-# follows always reads numbers of a steady size. After 300 steps, the loss is 2.14
-# instead of 2.18.
+# follows always reads numbers of a steady size, however large x becomes. After 300
+# steps, the loss is 2.14 instead of 2.18.
 
 # %%
 class Block(nn.Module):
@@ -600,8 +604,8 @@ class Block(nn.Module):
 # that the model hardly ever sees a passage the same way twice. Here it hides the
 # whole vector of a position (`nn.Dropout1d`). Most GPTs hide single numbers instead
 # (`nn.Dropout`), inside the blocks as well. `model.train()` switches it on, and
-# `model.eval()` off. On a CPU, the rate is 0, because the training is too short to
-# learn by heart. Try a rate of 0.2 on a short text.
+# `model.eval()` off. With the numbers for a CPU, the rate is 0, because the
+# training is too short to learn by heart. Try a rate of 0.2 on a short text.
 
 # %%
 class GPT(LanguageModel):
@@ -1092,7 +1096,8 @@ def get_renamed_batch(step):
 
 # %% [markdown]
 # # Extras
-# What makes the script of use, and teaches nothing about GPTs: skip to "The run".
+# What makes the script of use, and teaches nothing about GPTs: skip to "Running
+# it".
 #
 # ## Extra: bf16
 # Where the processor has units for numbers of 16 bits (bfloat16), matrix products
@@ -1341,7 +1346,7 @@ if not finished:  # Extra
 
 began = time.time()
 for step in range(first_step + 1, max_iters + 1):
-    torch.manual_seed(seed + step)  # Step 9: this decides what chance does
+    torch.manual_seed(seed + step)  # Step 9: so that all runs draw the same
     if part == 2:
         set_learning_rates(step)                   # Step 15
         inputs, targets = get_renamed_batch(step)  # Step 16

@@ -101,10 +101,12 @@ WITHOUT["dealing"] = [
      "        starts.extend(torch.randint(len(train_data) - block_size, (batch_size,),\n"
      "                                    generator=chance).tolist())\n")]
 WITHOUT["14, rate 0.002"] = [*WITHOUT[14], "--learning_rate=0.002"]
+WITHOUT["14, rate 0.008"] = [*WITHOUT[14], "--learning_rate=0.008"]
 
 # What a bare script does without: (a pattern, what stands in its place), each found just once.
 BARE = [
     (r"(?<=Change them here), or on the command\n.*", "."),
+    (r"(?<=max_iters = )1500 ", "300  "),
     (r"(?<=what shall the model continue\?) .*\nsamples = .*", ""),
     (r"# %% \[markdown\]\n# ## Options\n[\s\S]*?(?=# %% \[markdown\]\n# ## The text)", ""),
     (r" Where the file is missing, [\s\S]*? command line\.\)", ""),
@@ -273,10 +275,10 @@ def text_below(heading, name="gpt.py"):
 def text_of(step):
     """Return the text of a step, as gpt.py has it, in paragraphs."""
     # Something with a heading of its own comes with these.
-    also = {2: "The block", 10: "The modern GPT", 14: "Muon, the optimizer"}
+    also = {2: ["The block", "The GPT"], 10: ["The modern GPT"], 14: ["Muon, the optimizer"]}
     text = text_below(f"Step {step}:")
-    if step in also:
-        text += f"\n\n**{also[step]}.** {text_below(also[step])}"
+    for heading in also.get(step, []):
+        text += f"\n\n**{heading}.** {text_below(heading)}"
     return text
 
 
@@ -393,7 +395,7 @@ def table():
     names = {"whole without it": 300, "the same, 1,500 steps": 1500}
     names = {title: iters for title, iters in names.items()
              if sum(bool(found(f"without {step}", iters)) for step in titles()) > 1}
-    rows = ["| " + " | ".join(["step", "", "lines", "loss with it", "change", *names]) + " |",
+    rows = ["| " + " | ".join(["step", "", "lines added", "loss with it", "change", *names]) + " |",
             "|---" * (5 + len(names)) + "|"]
     for step, title in {0: "bigram", **titles()}.items():
         change = f"{mean(step) - mean(step - 1):+.3f}" if step else ""
@@ -412,7 +414,8 @@ def worth():
     runs = {"the whole": max(titles()), "without attention": "without 4",
             "without token shift": "without 13", "without both": "without 4 and 13",
             "AdamW in place of Muon, learning rate 0.002": "without 14, rate 0.002",
-            "AdamW in place of Muon, learning rate 0.004": "without 14"}
+            "AdamW in place of Muon, learning rate 0.004": "without 14",
+            "AdamW in place of Muon, learning rate 0.008": "without 14, rate 0.008"}
     rows, head = [[title] for title in runs], [""]
     for iters in (300, 1500):  # all on the seeds on which attention was taken out
         seeds = list(by_seed("without 4", iters))
