@@ -737,7 +737,8 @@ def train_step(inputs, targets):
 # This was a whole GPT: GPT-2 of 2019 is made in this way, only much larger. (The
 # main differences: it reads pieces of words; it has GELU, a smoother ReLU; a
 # learned table of positions; and one matrix for both embedding and `lm_head`.) You
-# can stop here: the cell "The run" near the end trains it, if `part` is 1.
+# can stop here: the cell "The run" near the end trains it, if `part` is 1. (After
+# 1,500 steps, its loss is 1.78. That of part two is 1.36.)
 #
 # The model of GPT-2 has none of the pieces that follow. The seven steps of part two
 # bring down the loss after 300 steps, together, from 2.14 to 1.52.
