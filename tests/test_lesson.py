@@ -180,7 +180,8 @@ def test_the_whole_is_compared_on_the_same_seeds(monkeypatch):
     """Where a step was taken out with one seed only, the mean over two must not come in."""
     last = STEPS[-1]
     monkeypatch.setattr(steps, "results", lambda: {
-        f"300/1/{last}": [1.5, ""], f"300/2/{last}": [1.9, ""], "300/2/without 5": [2.0, ""]})
+        f"300/1/{last}": [1.5, ""], f"300/2/{last}": [1.9, ""], "300/2/without 5": [2.0, ""],
+        "300/2/without 6": [2.1, ""]})  # for a single step, there would be no column
     row = next(line for line in steps.table() if line.startswith("| 5 |"))
     assert row.endswith("| 2.000 (+0.100) |")
 
