@@ -10,9 +10,9 @@ The whole machine: characters -> ids -> vectors (embedding) -> blocks, each atte
 
 On a first reading, look at the hyperparameters, go on at "The text", stop where part
 one ends, and look at "Running it" at the end: this is a complete GPT, and its training
-(--part=1 runs it). Part two is what has been found since, and it trains faster. What is
-called "Extra" teaches nothing about GPTs. (`checkpoint`, `finished` and `first_step`
-belong to it: they are about going on with an earlier run.)
+(--part=1 runs it). Part two is what has been found since: it learns more in as many
+steps. What is called "Extra" teaches nothing about GPTs. (`checkpoint`, `finished` and
+`first_step` belong to it: they are about going on with an earlier run.)
 
 bigram.py is this script with the simplest model there is, and each "Step" is one idea
 on the way from there to here. (In the repository, tests/steps.py writes each step as a
@@ -328,7 +328,7 @@ for t, target in enumerate(targets[0, :4], start=1):
 # %% [markdown]
 # # Part one: a GPT
 #
-# Each step brings one idea. Most of them tell two losses: with all steps up to this
+# Each step adds an idea. Most of them tell two losses: with all steps up to this
 # one, and with those before it only. It is the loss in validation, after a whole
 # training of 300 steps (`max_iters = 300`) with the numbers for a CPU. (The README
 # tells how to get a script for each step.) The first three gain nothing yet: they
@@ -595,8 +595,8 @@ class Block(nn.Module):
 # feed-forward begin at zero. At first a block adds nothing but the biases of these
 # layers, and the deep model is as simple as a shallow one. (Can zeros learn? The
 # gradient of a weight depends on what goes into its layer, and on what comes after
-# it, not on the weight itself. So in the very first step, `lm_head` learns, and
-# from the second step on, these layers, which come before it.)
+# it, not on the weight itself. So in the very first step, only `lm_head` learns;
+# from the second step on, these layers do, which come before it.)
 #
 # ## Step 9: dropout
 # A large model can learn a small text by heart. During training, dropout sets
@@ -1347,7 +1347,7 @@ if not finished:  # Extra
 
 began = time.time()
 for step in range(first_step + 1, max_iters + 1):
-    torch.manual_seed(seed + step)  # Step 9: so that all runs draw the same
+    torch.manual_seed(seed + step)  # Step 9: a sample in between changes nothing
     if part == 2:
         set_learning_rates(step)                   # Step 15
         inputs, targets = get_renamed_batch(step)  # Step 16
