@@ -74,7 +74,7 @@ dtype = "auto"           # bfloat16 where the processor has it, or float32? (Ext
 
 # Extra: on a CUDA GPU, these take the place of the numbers above. Change them here.
 gpu_preset = {"batch_size": 16, "max_iters": 1000, "eval_interval": 250, "n_embd": 384,
-              "n_head": 4, "n_layer": 6, "dropout": 0.05, "momentum": 0.95,
+              "n_head": 3, "n_layer": 6, "dropout": 0.05, "momentum": 0.95,
               "weight_decay": 0.3}
 
 # %% [markdown]
@@ -1245,11 +1245,12 @@ def on_ctrl_c(number, frame):
 
 def stopped():
     """Return whether Ctrl-C has been pressed, in any of the processes."""
-    count = torch.tensor(len(interrupted), device=device)
+    pressed = len(interrupted)
     if world > 1:
-        torch.distributed.all_reduce(count)
+        pressed = torch.tensor(pressed, device=device)
+        torch.distributed.all_reduce(pressed)
     interrupted.clear()
-    return count > 0
+    return pressed > 0
 
 
 def say_how_to_go_on():
