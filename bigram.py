@@ -96,9 +96,11 @@ except Exception as error:
 
 # %% [markdown]
 # ## The text
-# Tiny Shakespeare, set anew: about a million characters, of 63 kinds. The model
-# will see nothing else, ever. Where the file is missing, the well-known one is
-# downloaded, which has a few other lines, and 65 kinds of characters.
+# `input.txt` has nine plays by Shakespeare: about a million characters, of 63
+# kinds. The model will see nothing else, ever, and all losses told here are
+# measured on it. Where the file is missing, the well-known Tiny Shakespeare is
+# downloaded in its place: the same plays, with a few other lines, and 65 kinds of
+# characters.
 #
 # (If you have skipped the options: `parser.error` ends the script with a message,
 # `script` is this file, and `given` has the options of the command line.)
@@ -178,12 +180,13 @@ if len(val_data) <= block_size:
 # piece is an example of its own: given the characters up to here, which one comes
 # next?
 #
-# The text is used like a deck of cards. It is cut into pieces, which are shuffled
-# and dealt. When none is left, it is cut anew, at other places, and shuffled again.
+# The text is used like a deck of cards, so that all of it is learned from equally
+# often. It is cut into pieces, which are shuffled and dealt. When none is left, it
+# is cut anew, at other places, and shuffled again.
 
 # %%
 chance = torch.Generator().manual_seed(seed)
-# Behind the last of them is room for the offset (below), and for a whole piece.
+# After a cut, there is room for a piece, and for the offset that moves it (below).
 cuts = torch.arange(0, len(train_data) - 2 * block_size, block_size)
 starts = []  # where the pieces begin, in the order in which they are dealt
 
@@ -221,11 +224,12 @@ for t, target in enumerate(targets[0, :4], start=1):
 # all positions. Guessing blindly among 63 characters gives a loss of ln(63) = 4.14.
 # A loss of 1.4 means being as unsure as among exp(1.4) = 4 characters.
 #
-# To train a model is to make its loss small. The *gradient* of a number (a weight,
-# or a result in between) tells how fast the loss rises as this number rises.
-# PyTorch finds the gradients of all numbers on one way back through the model, from
-# the loss to the inputs, each from those after it: a number that is multiplied by 3
-# on its way to the next one has 3 times the gradient of that one. This is called
+# To train a model is to make its loss small, by adjusting its *weights*, which are
+# the numbers in it that are learned. The *gradient* of a number (a weight, or a
+# result in between) tells how fast the loss rises as this number rises. PyTorch
+# finds the gradients of all numbers on one way back through the model, from the
+# loss to the inputs, each from those after it: a number that is multiplied by 3 on
+# its way to the next one has 3 times the gradient of that one. This is called
 # *backpropagation*.
 
 # %% [markdown]
@@ -265,7 +269,7 @@ class LanguageModel(nn.Module):
 # %%
 torch.manual_seed(seed)
 model = LanguageModel().to(device)
-optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate)]  # one, or more
+optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate)]  # or several
 
 # %% [markdown]
 # ## Writing
@@ -394,9 +398,10 @@ for step in range(first_step + 1, max_iters + 1):
 # What has it learned to write?
 
 # %%
-for start in sys.stdin if prompt == "-" else [prompt]:
-    if prompt == "-":
-        start = start.rstrip("\r\n")
+prompts = [prompt]
+if prompt == "-":  # each line that you type is one
+    prompts = (line.rstrip("\r\n") for line in sys.stdin)
+for start in prompts:
     if not set(start) <= set(chars):
         print(f"it knows these characters only: {''.join(chars)!r}")
         continue

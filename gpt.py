@@ -1,6 +1,6 @@
 """gpt.py: a GPT that learns to write from one text, a character at a time.
 
-    python gpt.py                     learns from input.txt for minutes, then writes
+    python gpt.py                     learns for about five minutes, then writes
     python gpt.py --prompt="ROMEO:"   the same, and writes on from your words
     python gpt.py --part=1            the same with the model of part one only
 
@@ -9,14 +9,15 @@ The whole machine: characters -> ids -> vectors (embedding) -> blocks, each atte
 -> draw one, append it, repeat.
 
 On a first reading, look at the hyperparameters, go on at "The text", stop where part
-one ends, and look at "Running it" at the end: this is a complete GPT, and its training
-(--part=1 runs it). Part two is what has been found since: it learns more in as many
-steps. What is called "Extra" teaches nothing about GPTs. (`checkpoint`, `finished` and
-`first_step` belong to it: they are about going on with an earlier run.)
+one ends, and look at "Running it" at the end: this is a complete GPT (a generative
+pre-trained transformer), and its training (--part=1 runs it). Part two is what has
+been found since: it learns more in as many steps. What is called "Extra" teaches
+nothing about GPTs.
 
 bigram.py is this script with the simplest model there is, and each "Step" is one idea
-on the way from there to here. (In the repository, tests/steps.py writes each step as a
-script of its own.)
+on the way from there to here. Each is also a short script of its own, without options
+and extras: in the repository, `python tests/steps.py --write=bare --bare` writes them
+all. bare/09_dropout.py is part one, and nothing else.
 
 Shapes in comments: B batch_size, T time (up to block_size), C n_embd, D head size
 (C / n_head), V vocab_size.
@@ -65,9 +66,9 @@ n_head = 2               # attention heads: in how many ways to look back? (Step
 n_layer = 4              # depth: how many blocks follow one another? (Step 8)
 dropout = 0.0            # what share of the characters is hidden in training? (Step 9)
 part = 2                 # which model: that of part one, or that of part two? (Step 10)
-muon_lr = 0.02           # how far does one step of Muon go? (Step 14)
-momentum = 0.9           # how much of earlier gradients does Muon keep? (Step 14)
-weight_decay = 0.1       # how strongly does Muon pull weights to zero? (Step 14)
+muon_lr = 0.02           # how far does one step of Muon go? (Step 15)
+momentum = 0.9           # how much of earlier gradients does Muon keep? (Step 15)
+weight_decay = 0.1       # how strongly does Muon pull weights to zero? (Step 15)
 save = "gpt.pt"          # where is the best model kept? Empty: nowhere (Extra)
 load = ""                # which checkpoint to start from? (Extra)
 dtype = "auto"           # bfloat16 where the processor has it, or float32? (Extra)
@@ -191,12 +192,16 @@ if dtype not in ("auto", "bfloat16", "float32"):
 
 # %% [markdown]
 # ## The text
-# Tiny Shakespeare, set anew: about a million characters, of 63 kinds. The model
-# will see nothing else, ever. Where the file is missing, the well-known one is
-# downloaded, which has a few other lines, and 65 kinds of characters.
+# `input.txt` has nine plays by Shakespeare: about a million characters, of 63
+# kinds. The model will see nothing else, ever, and all losses told here are
+# measured on it. Where the file is missing, the well-known Tiny Shakespeare is
+# downloaded in its place: the same plays, with a few other lines, and 65 kinds of
+# characters.
 #
 # (If you have skipped the options: `parser.error` ends the script with a message,
 # `script` is this file, and `given` has the options of the command line.)
+#
+# (Extra: `checkpoint` and `finished` are about going on with an earlier run.)
 
 # %%
 url = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"
@@ -205,6 +210,8 @@ sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 def read_text():
     """Return the text of text_file; input.txt lies beside this script."""
+    if finished:  # Extra: what its checkpoint has of the text is enough
+        return checkpoint["excerpt"]
     path = Path(text_file)
     try:
         if text_file == "input.txt" and "text_file" not in given:
@@ -227,7 +234,7 @@ def download(path):
     unfinished.replace(path)  # so that half a text is never taken for the whole
 
 
-text = checkpoint["excerpt"] if finished else read_text()  # Extra: a part is enough
+text = read_text()
 print(f"{len(text):,} characters, which begin with {text[:14]!r}")
 
 # %% [markdown]
@@ -275,12 +282,13 @@ if len(val_data) <= block_size:
 # piece is an example of its own: given the characters up to here, which one comes
 # next?
 #
-# The text is used like a deck of cards. It is cut into pieces, which are shuffled
-# and dealt. When none is left, it is cut anew, at other places, and shuffled again.
+# The text is used like a deck of cards, so that all of it is learned from equally
+# often. It is cut into pieces, which are shuffled and dealt. When none is left, it
+# is cut anew, at other places, and shuffled again.
 
 # %%
 chance = torch.Generator().manual_seed(seed)
-# Behind the last of them is room for the offset (below), and for a whole piece.
+# After a cut, there is room for a piece, and for the offset that moves it (below).
 cuts = torch.arange(0, len(train_data) - 2 * block_size, block_size)
 starts = []  # where the pieces begin, in the order in which they are dealt
 
@@ -318,33 +326,44 @@ for t, target in enumerate(targets[0, :4], start=1):
 # all positions. Guessing blindly among 63 characters gives a loss of ln(63) = 4.14.
 # A loss of 1.4 means being as unsure as among exp(1.4) = 4 characters.
 #
-# To train a model is to make its loss small. The *gradient* of a number (a weight,
-# or a result in between) tells how fast the loss rises as this number rises.
-# PyTorch finds the gradients of all numbers on one way back through the model, from
-# the loss to the inputs, each from those after it: a number that is multiplied by 3
-# on its way to the next one has 3 times the gradient of that one. This is called
+# To train a model is to make its loss small, by adjusting its *weights*, which are
+# the numbers in it that are learned. The *gradient* of a number (a weight, or a
+# result in between) tells how fast the loss rises as this number rises. PyTorch
+# finds the gradients of all numbers on one way back through the model, from the
+# loss to the inputs, each from those after it: a number that is multiplied by 3 on
+# its way to the next one has 3 times the gradient of that one. This is called
 # *backpropagation*.
 
 # %% [markdown]
 # # Part one: a GPT
 #
-# Each step adds an idea. Most of them tell two losses: with all steps up to this
-# one, and with those before it only. It is the loss in validation, after a whole
-# training of 300 steps (`max_iters = 300`) with the numbers for a CPU. (The README
-# tells how to get a script for each step.) The first three gain nothing yet: they
-# prepare the fourth, attention, which does.
+# Each step adds an idea, and most of them tell what it brings. "The loss is 2.34
+# instead of 2.53" is to say: with all ideas up to this one, the loss in validation
+# is 2.34, and without this one, it is 2.53. (Both are measured after 300 steps of
+# training, `max_iters = 300`, with the numbers for a CPU, and are means over three
+# seeds. A difference of less than 0.03 may be chance. The README tells how to get a
+# script for each idea.) The first three gain nothing yet: they prepare the fourth,
+# attention, which gains a lot.
+#
+# What do such losses mean? This is how models write that have them:
+#
+# - 2.50 (a table): `Athtimacowin muphe hirkend y t dinsp me comurar andil`
+# - 2.13 (part one): `Enw me' mme him ake you din prow come a pand afthe`
+# - 1.36 (part two, after 1,500 steps): `But, may win my master and your best`
 #
 # ## Step 1: embedding
 # The simplest model is a table with a row of scores for each character: what comes
 # after it? (This is bigram.py.) But a table knows characters by name only. What it
 # learns about `a` tells it nothing about `e`. So we give each character a vector of
 # `n_embd` numbers, its *embedding*, which is learned like all other weights.
+# (`nn.Embedding` is a table of them: for an id, it gives the row of this number.)
 # Characters that behave alike can become alike. A linear layer, `lm_head` (the head
 # of a language model), then turns a vector into scores. On its own, this can say no
 # more than the table. But from now on there are vectors, to which more can be
-# added. (From here on, the `learning_rate` is 0.004 instead of 0.05. In a table, a
-# weight moves one score. Now, it moves many.) After 300 steps, the loss is 2.51
-# instead of 2.50.
+# added. (From here on, the `learning_rate` is 0.004 instead of 0.05. In the table,
+# each score is a weight of its own. Now it is a sum of `n_embd` products, whose
+# weights all move at once, so each should move less.) After 300 steps, the loss is
+# 2.51 instead of 2.50.
 #
 # Most of the later steps change how the vectors are made. So this is a method of
 # its own, which they can replace.
@@ -375,7 +394,7 @@ class LanguageModel(nn.Module):
 
 
 # %% [markdown]
-# ## Step 2: a mean of what came before
+# ## Step 2: a mean of the text so far
 # So far each vector knows one character only. To guess what follows `Rome`, the
 # model looks at the `e`. The simplest way to tell the `e` what came before it is
 # the *mean* of all vectors so far. Let x be the vectors of all positions. Then all
@@ -385,11 +404,10 @@ class LanguageModel(nn.Module):
 # model is to guess. The means are then added to x, so that it keeps what it knows:
 # x + equal_weights @ x.
 #
-# A plain mean does not help yet. In it, every character before says what it would
-# say if it were the last one, and all are equally loud. After 300 steps, the loss
-# is 2.52 instead of 2.51. But attention, soon, will be a mean as well, with better
-# weights. (It takes the place of this one. So gpt.py only prints these weights, to
-# show them.)
+# A plain mean does not help yet: all characters count alike in it, be they near or
+# far, and whether they tell much or little. After 300 steps, the loss is 2.52
+# instead of 2.51. But attention, soon, will be a mean as well, with better weights.
+# (It takes the place of this one. So gpt.py only shows here what these weights do.)
 
 # %%
 # Row t is True for the positions 0 to t (tril keeps the lower left of a matrix).
@@ -397,6 +415,9 @@ may_see = torch.ones(block_size, block_size, device=device).tril().bool()  # (T,
 equal_weights = may_see / may_see.sum(dim=1, keepdim=True)                 # (T, T)
 print("weights of a plain mean, for 4 positions:")
 print(equal_weights[:4, :4].cpu().numpy().round(2))
+numbers = torch.tensor([2.0, 4.0, 6.0, 8.0], device=device)
+means = equal_weights[:4, :4] @ numbers
+print(f"means of 2, 4, 6, 8 so far: {means.cpu().numpy().round(2)}")
 
 # %% [markdown]
 # ## Step 3: positions
@@ -419,17 +440,19 @@ print(equal_weights[:4, :4].cpu().numpy().round(2))
 
 # %%
 # From one position to the next, the fastest clock turns by 1 (in radians, which is 57
-# degrees), and the slowest one by 1 / block_size.
+# degrees), and the slowest one by 1 / block_size. In between, each is slower than the
+# one before by the same factor.
 speeds = block_size ** -torch.linspace(0, 1, n_embd // 2)              # (C/2,)
 angles = torch.arange(block_size)[:, None] * speeds                    # (T, C/2)
 positions = torch.cat([angles.sin(), angles.cos()], dim=1).to(device)  # (T, C)
 
 # %% [markdown]
 # ## Step 4: attention
-# Attention takes the place of the plain mean. It is a mean as well, but the model
-# computes the weights for itself, anew for each text. With three linear layers,
-# each position makes three vectors of D numbers from its own. (All this together is
-# called a *head*. As long as there is only one, D = C.)
+# Attention takes the place of the plain mean, and is added to x as that was. It is
+# a mean as well, but the model computes the weights for itself, anew for each text.
+# With three linear layers (without a bias, each is a product with a matrix and no
+# more), each position makes three vectors of D numbers from its vector x. (All this
+# together is called a *head*. As long as there is only one, D = C.)
 #
 # - the **query** says what this position is looking for,
 # - the **key** says what it has to offer to others,
@@ -441,13 +464,17 @@ positions = torch.cat([angles.sin(), angles.cos()], dim=1).to(device)  # (T, C)
 # The product of a query and a key (multiply number by number, then add up) is a
 # *score*: the better the two fit, the larger it is. Softmax turns each row of
 # scores into weights, positive and adding up to 1. The mean with these weights is
-# taken over the values. In one line:
+# taken over the values. (The names are the usual ones, but ambiguous: these scores
+# are not those of characters, these weights are computed, not learned, and
+# `lm_head` is no head of attention.)
+#
+# Let the scores of `R`, `o`, `m` and `e` be 2, 0, 0 and 1. Softmax makes the
+# weights 0.61, 0.08, 0.08 and 0.22 of them. So what the `e` gets is mostly the
+# value of the `R`.
+#
+# In one line:
 #
 # attention = softmax(queries @ keys.T / sqrt(D) + mask) @ values
-#
-# (The names are the usual ones, but ambiguous: these scores are not those of
-# characters, these weights are computed, not learned, and `lm_head` is no head of
-# attention.)
 #
 # The mask gives later positions a score of minus infinity, which softmax turns into
 # a weight of 0.
@@ -463,8 +490,11 @@ positions = torch.cat([angles.sin(), angles.cos()], dim=1).to(device)  # (T, C)
 # that it gets (any turn is a product with a matrix). So let the keys be the clocks
 # as they are, and the queries the clocks turned back by one step. At position 5,
 # the hand of the query then is not at 50 degrees but at 40, as is that of the key
-# at position 4. So these two fit best. This is learned once, and works everywhere.
-# After 300 steps, the loss is 2.34 instead of 2.53.
+# at position 4. So these two fit best. With the fastest clock, which turns by 57
+# degrees, the products with the keys of the positions 3, 4 and 5 are 0.54, 1 and
+# 0.54. (Clocks of other speeds rule out the positions at which this one fits
+# again.) This is learned once, and works everywhere. After 300 steps, the loss is
+# 2.34 instead of 2.53.
 
 # %%
 # The mask is added to the scores: 0 where a position may look, else minus infinity.
@@ -472,7 +502,7 @@ mask = torch.where(may_see, 0.0, -math.inf)  # (T, T)
 
 
 class Head(nn.Module):
-    """One head of attention: (B, T, C) to (B, T, D)."""
+    """One head of attention: (B, T, C) to (B, T, D). Part two changes `scores`."""
 
     def __init__(self):
         super().__init__()
@@ -503,15 +533,16 @@ class Head(nn.Module):
 # One head has one row of weights for each position, so it looks for one thing at a
 # time. Several heads look for several things at once. Each of them makes vectors of
 # D = `n_embd / n_head` numbers. Side by side, these are `n_embd` numbers again, so
-# several heads cost hardly more than one. A linear layer, `proj`, mixes what they
-# found. (This is added to x. Without `proj`, each head could only add to its own D
-# numbers of it.) After 300 steps, the loss is 2.31 instead of 2.34.
+# together they have no more weights than a single large one. A linear layer,
+# `proj`, mixes what they found. (This is added to x. Without `proj`, each head
+# could only add to its own D numbers of it.) After 300 steps, the loss is 2.31
+# instead of 2.34. (With one of the three seeds, it is not lower.)
 
 # %%
 class MultiHeadAttention(nn.Module):
     """Several heads side by side: (B, T, C) to (B, T, C)."""
 
-    def __init__(self, head_class):
+    def __init__(self, head_class):  # part two has other heads
         super().__init__()
         self.heads = nn.ModuleList([head_class() for _ in range(n_head)])
         self.proj = nn.Linear(n_embd, n_embd)
@@ -592,11 +623,10 @@ class Block(nn.Module):
 # of 1.85 with one.
 #
 # A deep model is harder to train, so the last layer of attention and that of
-# feed-forward begin at zero. At first a block adds nothing but the biases of these
-# layers, and the deep model is as simple as a shallow one. (Can zeros learn? The
-# gradient of a weight depends on what goes into its layer, and on what comes after
-# it, not on the weight itself. So in the very first step, only `lm_head` learns;
-# from the second step on, these layers do, which come before it.)
+# feed-forward begin at zero. At first a block adds next to nothing, and the deep
+# model is as simple as a shallow one. (Zeros can learn: in w * x, the gradient of w
+# is x, also where w is 0. What stands before them learns as soon as they are no
+# longer 0.)
 #
 # ## Step 9: dropout
 # A large model can learn a small text by heart. During training, dropout sets
@@ -605,13 +635,17 @@ class Block(nn.Module):
 # whole vector of a position (`nn.Dropout1d`). Most GPTs hide single numbers instead
 # (`nn.Dropout`), inside the blocks as well. `model.train()` switches it on, and
 # `model.eval()` off. With the numbers for a CPU, the rate is 0, because the
-# training is too short to learn by heart. Try a rate of 0.2 on a short text.
+# training is too short to learn by heart. A short text is learned by heart soon:
+# with the first 20,000 characters only, the loss in validation falls to 1.96 within
+# 300 steps, and has risen to 4.20 after 1,000, where the model is sure, and wrong.
+# With a rate of 0.2, it falls to 1.98, and has risen to 2.10. (So it also helps to
+# stop early.)
 
 # %%
 class GPT(LanguageModel):
     """The language model whose vectors know the text so far."""
 
-    def __init__(self, block_class):
+    def __init__(self, block_class):  # part two has other blocks
         super().__init__()
         self.blocks = nn.Sequential(*[block_class() for _ in range(n_layer)])
         self.norm = nn.LayerNorm(n_embd)      # Step 7
@@ -638,8 +672,8 @@ class GPT(LanguageModel):
 
 # %%
 torch.manual_seed(seed)
-model = GPT(Block).to(device)  # before Step 2: LanguageModel()
-optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate)]  # one, or more
+model = GPT(Block).to(device)  # since Step 2, a GPT
+optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate)]  # or several
 
 # %% [markdown]
 # ## Writing
@@ -733,14 +767,17 @@ def train_step(inputs, targets):
 
 
 # %% [markdown]
-# # Part two: what has been found since
+# ## The end of part one
 # This was a whole GPT: GPT-2 of 2019 is made in this way, only much larger. (The
 # main differences: it reads pieces of words; it has GELU, a smoother ReLU; a
 # learned table of positions; and one matrix for both embedding and `lm_head`.) You
-# can stop here: the cell "The run" near the end trains it, if `part` is 1. (After
-# 1,500 steps, its loss is 1.78. That of part two is 1.36.)
-#
-# The model of GPT-2 has none of the pieces that follow. The seven steps of part two
+# can stop here: the cell "The run" near the end trains it, if `part` is 1 (it is 2,
+# unless you change it). (After 1,500 steps, its loss is 1.78. That of part two is
+# 1.36.)
+
+# %% [markdown]
+# # Part two: what has been found since
+# The model of GPT-2 has none of the pieces that follow. The eight steps of part two
 # bring down the loss after 300 steps, together, from 2.14 to 1.52.
 #
 # ## Step 10: rotary positions
@@ -752,17 +789,19 @@ def train_step(inputs, targets):
 # degrees, and a key at position 5 by 50. The product of two hands depends on their
 # lengths, which stay as they are, and on the angle between them. The turning
 # changes this angle by 20 degrees here, and at the positions 107 and 105 by 20
-# degrees again. (Su et al. 2021, arXiv:2104.09864) Values are not turned: they say
-# what is there, not where.
+# degrees again. (Su et al. 2021, arXiv:2104.09864, known as RoPE) Values are not
+# turned: they say what is there, not where.
 #
-# The model of part two, further below, begins with this step. Two things are taken
-# away with it: the clocks of Step 3, and the zeros with which a `Block` begins,
-# because the model of part two, when complete, learns better without them. The loss
-# is for all of this together. After 300 steps, the loss is 2.08 instead of 2.14.
+# How is a hand turned? Its tip is at (a, b). The hand (1, 0) turns to (cos, sin),
+# and the hand (0, 1) to (-sin, cos). So (a, b) turns to a times the one plus b
+# times the other.
+#
+# The model of part two, further below, begins with this step. The clocks of Step 3
+# are taken away from it. After 300 steps, the loss is 2.03 instead of 2.14.
 
 # %%
 # Speeds and angles, as in Step 3, but for the D numbers of a head. (From 1 down to
-# 1/10000 is the usual choice.)
+# about 1/10000 is the usual choice.)
 speeds = 10000 ** -torch.linspace(0, 1, n_embd // n_head // 2)  # (D/2,)
 angles = torch.arange(block_size)[:, None] * speeds             # (T, D/2), in radians
 cos, sin = angles.cos().to(device), angles.sin().to(device)     # each (T, D/2)
@@ -787,12 +826,17 @@ class RotaryHead(Head):
 # %% [markdown]
 # ## Step 11: normalised queries and keys
 # A score can be large because the query fits the key, or just because one of them
-# has large numbers. (Dividing by sqrt(D) is meant for numbers of about 1, but in
-# training they may grow.) So both pass through a LayerNorm (Step 7, here without
-# learned vectors). After it, the squares of the D numbers add up to D, so all
-# queries and keys have the same length, sqrt(D). Then only the angle between them
-# counts, and no score exceeds D / sqrt(D) = sqrt(D). (Dehghani et al. 2023,
-# arXiv:2302.05442) After 300 steps, the loss is 1.97 instead of 2.08.
+# has large numbers. So both pass through a LayerNorm (Step 7, here without learned
+# vectors). After it, the squares of the D numbers add up to D, so all queries and
+# keys have the same length, sqrt(D). Then only the angle between them counts, and
+# no score exceeds D / sqrt(D) = sqrt(D).
+#
+# It also helps in the beginning. `nn.Linear` begins with small weights, so scores
+# begin at about 0.3, and attention is nearly a plain mean. With the LayerNorm, they
+# begin at about 1. From here on, no layer of a block begins at zero any more (Step
+# 8), since the complete model learns better without these zeros. (Dehghani et al.
+# 2023, arXiv:2302.05442, known as QK-norm) After 300 steps, the loss is 1.97
+# instead of 2.03.
 
 # %%
 class NormedHead(RotaryHead):
@@ -805,25 +849,15 @@ class NormedHead(RotaryHead):
 
 
 # %% [markdown]
-# ## Step 12: gates
-# A gate is a vector of factors, by which what was found is multiplied, number by
-# number: a factor near 0 holds a number back. One more linear layer computes the
-# factors, from the same vector that attention or feed-forward reads. (Shazeer 2020,
-# arXiv:2002.05202; Qiu et al. 2025, arXiv:2505.06708)
-#
-# In attention, the weights of the mean add up to 1. So a head always hands
-# something over, even where nothing fits. With a gate, it can keep silent.
-# `sigmoid` turns any number into one between 0 and 1, and 0 into 0.5. It is
-# doubled, so that the factors are about 1 at first.
-#
-# In feed-forward with ReLU, each pattern counts by itself. Here, two layers look
-# for patterns, and their results are multiplied: one pattern counts only together
-# with another. One of the two is the gate: it passes through `F.silu`, a smooth
-# ReLU, which is near 0 for patterns that are not there. The three layers are
-# narrower (8/3 C instead of 4 C), so that they have as many weights as the two had.
-# (With the gates of the heads, the model is 8% larger than before.)
-#
-# After 300 steps, the loss is 1.90 instead of 1.97.
+# ## Step 12: gated heads
+# The weights of the mean add up to 1. So a head hands something over even where
+# nothing fits. With a *gate*, it can keep silent. A gate is a vector of factors, by
+# which what was found is multiplied, number by number: a factor near 0 holds a
+# number back. One more linear layer computes the factors, from the same vector that
+# the head reads. `sigmoid` turns any number into one between 0 and 1, and 0 into
+# 0.5. It is doubled, so that the factors are about 1 at first. (After Qiu et al.
+# 2025, arXiv:2505.06708) The model is 8% larger with these gates. After 300 steps,
+# the loss is 1.91 instead of 1.97.
 
 # %%
 class GatedHead(NormedHead):
@@ -838,6 +872,17 @@ class GatedHead(NormedHead):
         return gate * super().forward(x)        # (B, T, D)
 
 
+# %% [markdown]
+# ## Step 13: gated feed-forward
+# In feed-forward with ReLU, each pattern counts by itself. Here, two layers look
+# for patterns, and their results are multiplied: one pattern counts only together
+# with another. One of the two is the gate: it passes through `F.silu`, a smooth
+# ReLU. The three layers are narrower (8/3 C instead of 4 C), so that they have as
+# many weights as the two had. (Shazeer 2020, arXiv:2002.05202, known as SwiGLU)
+# After 300 steps, the loss is 1.90 instead of 1.91. In the complete model, this
+# step is worth more: without it, the loss would be 1.55, not 1.52.
+
+# %%
 class GatedFeedForward(nn.Module):
     """Feed-forward with a gate in place of ReLU: (B, T, C) to (B, T, C)."""
 
@@ -854,14 +899,16 @@ class GatedFeedForward(nn.Module):
 
 
 # %% [markdown]
-# ## Step 13: token shift
+# ## Step 14: token shift
 # The characters just before matter most. So what attention and feed-forward read
 # contains them already. In what they read, the first half of each vector is its
 # own. The third quarter is replaced by the third quarter of the position before,
 # and the last quarter by the last quarter of the one before that. (Nothing is lost:
 # x itself keeps all its numbers. And the model learns what to put into which
-# quarter.) (After Peng et al. 2023, arXiv:2305.13048) After 300 steps, the loss is
-# 1.69 instead of 1.90.
+# quarter.) Attention could find these characters as well, but it would have to
+# learn this first, and would need a head for each. (After Peng et al. 2023,
+# arXiv:2305.13048, who mix learned shares of a position and the one before it)
+# After 300 steps, the loss is 1.69 instead of 1.90.
 
 # %%
 def shift(x):
@@ -877,8 +924,7 @@ def shift(x):
 
 # %% [markdown]
 # ## The modern GPT
-# The pieces of part two put together. As Step 10 says, no clocks are added, and no
-# layer of a block begins at zero.
+# The pieces of part two put together. As Step 10 says, no clocks are added.
 
 # %%
 class ModernBlock(nn.Module):
@@ -908,19 +954,22 @@ class ModernGPT(GPT):
 
 
 # %% [markdown]
-# ## Step 14: Muon
-# The weights of a linear layer are a matrix, and so is their gradient. Take a
-# column u and a row v, both of length 1. Their product u @ v is a simple matrix:
-# what comes out of it is u, the more of it, the better the input fits v. Any matrix
-# is a sum of simple ones, each times a number, its strength. They can be chosen so
-# that all u are perpendicular to each other, and all v as well. In a gradient, a
-# few of the simple ones are strong, and many are weak, though often just as useful.
-# Muon makes all of them equally strong, so that rare things are learned too. (In
-# the language of mathematics, these strengths are the *singular values* of the
-# matrix, and Muon sets nearly all of them to about 1.)
+# ## Step 15: Muon
+# The weights of a linear layer are a matrix, and so is their gradient. The simplest
+# matrices have numbers on their diagonal only. The first number of the input is
+# multiplied by the first of these, the second by the second, and so on. Let us call
+# them *strengths*. Any other matrix does the same between two turns: it turns the
+# input, multiplies each number by a strength, and turns the result.
 #
-# How can all strengths become about 1, without finding out the simple ones? (You
-# may believe that they do, and go on.) First, how a *number* becomes about 1, by
+# In a gradient, a few strengths are large, and many are small, though what they
+# stand for is often just as useful. Muon makes all of them about equal, so that
+# rare things are learned too. For example, of a matrix with 3 and 0.1 on its
+# diagonal it makes one with 0.7 and 1.1, which is about equal. (In the language of
+# mathematics, the strengths are the *singular values* of the matrix, and Muon sets
+# nearly all of them to about 1.)
+#
+# How can all strengths become about 1, without finding out the turns? (You may
+# believe that they do, and go on.) First, how a *number* becomes about 1, by
 # multiplying and adding alone. Take one between 0.01 and 1, put it into this
 # formula, put the result in again, and so on:
 #
@@ -930,24 +979,18 @@ class ModernGPT(GPT):
 # 1, five rounds lead to a number between about 0.7 and 1.1 (much smaller ones end
 # lower).
 #
-# Now let x be a matrix. Then x.T has the same simple ones, with u and v exchanged.
-# In the product x @ x.T, the v of each simple one is multiplied with the v of each.
-# That makes 1 with itself, and 0 with any other, for these are perpendicular. So
-# only u @ u.T is left of each simple one, times its strength squared. In the same
-# way, x @ x.T @ x is made of the simple ones u @ v of x again, each with its
-# strength to the power of 3. So the same formula, in matrices, does this to all
-# strengths at once. (Jordan 2024, kellerjordan.github.io/posts/muon; the three
-# factors were found by search.)
+# Now let x be a matrix with numbers on its diagonal only, divided by their size so
+# that none is above 1. In x @ x.T @ x, each of them stands to the power of 3. So
+# the same formula, in matrices, does this to all of them at once. And turns do not
+# disturb it: x.T has those of x backwards, so where x and x.T meet, they cancel,
+# and at the two ends of x @ x.T @ x stand those of x itself. (Jordan 2024,
+# kellerjordan.github.io/posts/muon; the three factors were found by search.)
 #
 # Muon adjusts the matrices in the blocks. All other weights are left to AdamW,
 # including the embedding and `lm_head`: there AdamW does better, as Jordan found.
 # After 300 steps, the loss is 1.64 instead of 1.69. (This seems little for so much
 # thought. But with the two steps to come, Muon is worth more: without it, the whole
 # would end at 1.57, and with it, it ends at 1.52.)
-#
-# (There is a `torch.optim.Muon`, too, which does the same. But it always computes
-# in numbers of 16 bits. On processors without units for these, a step would take
-# ten times as long.)
 
 # %%
 def equalize(m):
@@ -1019,15 +1062,16 @@ class Muon(torch.optim.Optimizer):
 if part == 2:
     torch.manual_seed(seed)
     model = ModernGPT(ModernBlock).to(device)
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]    # Step 14
-    others = [p for p in model.parameters() if p not in set(matrices)]  # Step 14
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]    # Step 15
+    others = [p for p in model.parameters() if p not in set(matrices)]  # Step 15
     optimizers = [torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, muon_lr)]
 
 # %% [markdown]
-# ## Step 15: learning-rate schedule
+# ## Step 16: learning-rate schedule
 # Long strides at first, then shorter and shorter ones. When the goal is near, long
-# strides would only step over it, back and forth. So the learning rates fall from
-# step to step, towards 0.
+# strides would only step over it, back and forth. Many short strides also average
+# out what single batches get wrong. So the learning rates fall from step to step,
+# towards 0.
 #
 # This step is no younger than GPT-2. It stands here because the model of part one,
 # in so few steps, gained nothing from it. After 300 steps, the loss is 1.56 instead
@@ -1043,15 +1087,15 @@ def set_learning_rates(step):
 
 
 # %% [markdown]
-# ## Step 16: data augmentation
-# In training, the model memorises who speaks with whom, since the same people talk
-# for a whole play. In validation, this is of no use: most of the people there
-# hardly occur in the text of training. *Data augmentation* changes the text a
-# little at each reading, in a way that leaves it good text, or nearly. Here, names
-# change places: in one piece, every `ROMEO` becomes `HENRY`, and `Romeo` becomes
-# `Henry`; in the next piece, it may be another name. Now the model has to look back
-# to see who is there, and this is of use with any names. (The price: it no longer
-# knows that Romeo loves Juliet.)
+# ## Step 17: data augmentation
+# In training, the model learns who speaks with whom, since the same people talk for
+# a whole play. In validation, this is of no use: most of the people there hardly
+# occur in the text of training. *Data augmentation* changes the text a little at
+# each reading, in a way that leaves it good text, or nearly. Here, names change
+# places: in one piece, every `ROMEO` becomes `HENRY`, and `Romeo` becomes `Henry`;
+# in the next piece, it may be another name. Now the model has to look back to see
+# who is there, and this is of use with any names. (The price: it no longer knows
+# that Romeo loves Juliet.)
 #
 # The name that takes the place of another has the same length, so that the piece
 # keeps its length. Only batches are changed: all else has the text as it is.
@@ -1236,9 +1280,7 @@ interrupted = []  # not empty after Ctrl-C
 
 
 def on_ctrl_c(number, frame):
-    """Remember it. A second one, or one before any losses, ends the script at once."""
-    if not losses:
-        usual(number, frame)
+    """Remember it. A second one ends the script at once."""
     interrupted.append(number)
     signal.signal(signal.SIGINT, usual)
 
@@ -1253,10 +1295,20 @@ def stopped():
     return pressed > 0
 
 
-def say_how_to_go_on():
-    """Print it, when the training has been stopped."""
-    again = f"--load={save}" + (f" --text_file={text_file}" if another_text else "")
-    print("stopped by Ctrl-C" + (f"; {again} goes on" if save else ""))
+def until_ctrl_c(steps):
+    """Yield the steps, until Ctrl-C. Then evaluate and keep the model, and end."""
+    interrupted.clear()
+    signal.signal(signal.SIGINT, on_ctrl_c)
+    for step in steps:
+        yield step
+        if stopped():
+            if step not in losses:
+                evaluate(step)
+                keep(step)
+            learned = f" --text_file={text_file}" if another_text else ""
+            how = f"; --load={save}{learned} goes on" if save else ""
+            print(f"stopped by Ctrl-C{how}")
+            break
 
 
 # In a notebook, this cell may be run again, while on_ctrl_c is in place.
@@ -1334,35 +1386,30 @@ def show_progress(step, loss):
 # The training, step after step, with a look at the losses and a sample now and
 # then.
 #
-# (Extra: it begins after `first_step`, which is 0 or that of the checkpoint. It
-# keeps the best model, and stops at Ctrl-C.)
+# (Extra: `first_step` is 0, or where the checkpoint stopped, and `finished` tells
+# that there is nothing to train. `until_ctrl_c` gives out the steps, until Ctrl-C
+# is pressed. `keep` writes the checkpoint.)
 
 # %%
 print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}")
 model.eval()  # Step 9: only train_step switches dropout on
-interrupted.clear()  # Extra
-signal.signal(signal.SIGINT, on_ctrl_c)  # Extra
 if not finished:  # Extra
     evaluate(first_step)
     keep(first_step)
 
 began = time.time()
-for step in range(first_step + 1, max_iters + 1):
-    torch.manual_seed(seed + step)  # Step 9: a sample in between changes nothing
+for step in until_ctrl_c(range(first_step + 1, max_iters + 1)):  # Extra
+    torch.manual_seed(seed + step)  # Step 9: each step has its own random numbers
     if part == 2:
-        set_learning_rates(step)                   # Step 15
-        inputs, targets = get_renamed_batch(step)  # Step 16
+        set_learning_rates(step)                   # Step 16
+        inputs, targets = get_renamed_batch(step)  # Step 17
     else:
         inputs, targets = get_batch(step)
     loss = train_step(inputs, targets)
     show_progress(step, loss)
-    stop = stopped()  # Extra: by Ctrl-C
-    if step % eval_interval == 0 or step == max_iters or stop:
+    if step % eval_interval == 0 or step == max_iters:
         evaluate(step)
         keep(step)  # Extra
-    if stop:  # Extra
-        say_how_to_go_on()
-        break
 
 # %% [markdown]
 # ## Extra: from here on, the best model
@@ -1381,9 +1428,10 @@ if world > 1:
 # What has it learned to write?
 
 # %%
-for start in sys.stdin if prompt == "-" else [prompt]:
-    if prompt == "-":
-        start = start.rstrip("\r\n")
+prompts = [prompt]
+if prompt == "-":  # each line that you type is one
+    prompts = (line.rstrip("\r\n") for line in sys.stdin)
+for start in prompts:
     if not set(start) <= set(chars):
         print(f"it knows these characters only: {''.join(chars)!r}")
         continue

@@ -31,13 +31,13 @@ MEASURED = ROOT / "tests" / "steps.json"
 EXTRA = 99
 
 # Headings of gpt.py that do not name the step they come with.
-OWNERS = {"The block": 2, "The GPT": 2, "Part two: what has been found since": 10,
-          "The modern GPT": 10, "Muon, the optimizer": 14,
-          "Model and optimizers of part two": 10, "Extras": EXTRA}
+OWNERS = {"The block": 2, "The GPT": 2, "The end of part one": 10,
+          "Part two: what has been found since": 10, "The modern GPT": 10,
+          "Muon, the optimizer": 15, "Model and optimizers of part two": 10, "Extras": EXTRA}
 
 # How a line reads before the step: (as it stands in gpt.py, as it stood), each found just once.
 EDITS = {
-    2: [("model = GPT(Block).to(device)  # before Step 2: LanguageModel()",
+    2: [("model = GPT(Block).to(device)  # since Step 2, a GPT",
          "model = LanguageModel().to(device)")],
     4: [("    def __init__(self):\n        super().__init__()\n        self.attention = Head()\n",
          ""),
@@ -51,25 +51,30 @@ EDITS = {
     8: [("self.blocks = nn.Sequential(*[block_class() for _ in range(n_layer)])",
          "self.block = block_class()"),
         ("x = self.blocks(x)" + 18 * " ", "x = self.block(x)" + 19 * " ")],
-    11: [("MultiHeadAttention(NormedHead)", "MultiHeadAttention(RotaryHead)")],
-    12: [("MultiHeadAttention(GatedHead)", "MultiHeadAttention(NormedHead)"),
-         ("self.feed_forward = GatedFeedForward()", "self.feed_forward = FeedForward()")],
-    13: [("shift(self.norm1(x))", "self.norm1(x)"), ("shift(self.norm2(x))", "self.norm2(x)")],
-    14: [("[torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, muon_lr)]",
+    11: [("MultiHeadAttention(NormedHead)", "MultiHeadAttention(RotaryHead)"),
+         ("        self.norm2 = nn.LayerNorm(n_embd)\n\n",
+          "        self.norm2 = nn.LayerNorm(n_embd)\n"
+          "        nn.init.zeros_(self.attention.proj.weight)\n"
+          "        nn.init.zeros_(self.feed_forward.down.weight)\n\n")],
+    12: [("MultiHeadAttention(GatedHead)", "MultiHeadAttention(NormedHead)")],
+    13: [("self.feed_forward = GatedFeedForward()", "self.feed_forward = FeedForward()")],
+    14: [("shift(self.norm1(x))", "self.norm1(x)"), ("shift(self.norm2(x))", "self.norm2(x)")],
+    15: [("[torch.optim.AdamW(others, lr=learning_rate), Muon(matrices, muon_lr)]",
           "[torch.optim.AdamW(model.parameters(), lr=learning_rate)]")],
-    15: [("    if part == 2:\n        set_learning_rates(step)  # Step 15\n", "")],
-    16: [("        set_learning_rates(step)                   # Step 15\n"
-          "        inputs, targets = get_renamed_batch(step)  # Step 16\n"
+    16: [("    if part == 2:\n        set_learning_rates(step)  # Step 16\n", "")],
+    17: [("        set_learning_rates(step)                   # Step 16\n"
+          "        inputs, targets = get_renamed_batch(step)  # Step 17\n"
           "    else:\n        inputs, targets = get_batch(step)\n",
-          "        set_learning_rates(step)  # Step 15\n    inputs, targets = get_batch(step)\n")],
+          "        set_learning_rates(step)  # Step 16\n    inputs, targets = get_batch(step)\n")],
     EXTRA: [
-        ('checkpoint["excerpt"] if finished else read_text()  # Extra: a part is enough',
-         "read_text()"),
         ("if not finished:  # Extra\n    evaluate(first_step)\n    keep(first_step)\n",
          "first_step = 0\nevaluate(first_step)\n"),
-        ("step == max_iters or stop:", "step == max_iters:"),
-        ("#\n# (Extra: it begins after `first_step`, which is 0 or that of the checkpoint. It\n"
-         "# keeps the best model, and stops at Ctrl-C.)\n", ""),
+        ("until_ctrl_c(range(first_step + 1, max_iters + 1)):  # Extra",
+         "range(first_step + 1, max_iters + 1):"),
+        ("#\n# (Extra: `first_step` is 0, or where the checkpoint stopped, and `finished` tells\n"
+         "# that there is nothing to train. `until_ctrl_c` gives out the steps, until Ctrl-C\n"
+         "# is pressed. `keep` writes the checkpoint.)\n", ""),
+        ("#\n# (Extra: `checkpoint` and `finished` are about going on with an earlier run.)\n", ""),
     ],
 }
 
@@ -81,7 +86,7 @@ WITHOUT = {
     7: [("shift(self.norm1(x))", "shift(x)"), ("shift(self.norm2(x))", "shift(x)"),
         ("        return self.norm(x)            #", "        return x  #")],
     8: ["--n_layer=1"],
-    15: [("share = 1 - (step - 1) / max_iters", "share = 1")],
+    16: [("share = 1 - (step - 1) / max_iters", "share = 1")],
     10: [("class NormedHead(RotaryHead)", "class NormedHead(Head)"),
          ("        x = self.token_embedding(idx)  # (B, T, C)\n",
           "        return super().vectors(idx)\n")],
@@ -89,9 +94,10 @@ WITHOUT = {
     12: EDITS[12],
     13: EDITS[13],
     14: EDITS[14],
-    16: [("names.sort(key=len)", "names = []")],
+    15: EDITS[15],
+    17: [("names.sort(key=len)", "names = []")],
 }
-WITHOUT["4 and 13"] = [
+WITHOUT["4 and 14"] = [
     ("x + self.attention(shift(self.norm1(x)))", "x + 0 * self.attention(self.norm1(x))"),
     ("shift(self.norm2(x))", "self.norm2(x)")]
 WITHOUT["dealing"] = [
@@ -100,8 +106,8 @@ WITHOUT["dealing"] = [
      "        starts.extend((shuffled + offset).tolist())\n",
      "        starts.extend(torch.randint(len(train_data) - block_size, (batch_size,),\n"
      "                                    generator=chance).tolist())\n")]
-WITHOUT["14, rate 0.002"] = [*WITHOUT[14], "--learning_rate=0.002"]
-WITHOUT["14, rate 0.008"] = [*WITHOUT[14], "--learning_rate=0.008"]
+WITHOUT["15, rate 0.002"] = [*WITHOUT[15], "--learning_rate=0.002"]
+WITHOUT["15, rate 0.008"] = [*WITHOUT[15], "--learning_rate=0.008"]
 
 # What a bare script does without: (a pattern, what stands in its place), each found just once.
 BARE = [
@@ -118,7 +124,11 @@ BARE = [
     (r"# ## Progress[\s\S]*?end=.*\n\n\n# %% \[markdown\]\n", ""),
     (r"began = time.*\n", ""),
     (r"    show_progress.*\n", ""),
-    (r"for start in sys.stdin [\s\S]*", "write(prompt, max_new_tokens, seed)\n"),
+    (r"losses = \{\}.*\n\n\n", ""),
+    (r"    losses\[step\] = .*\n", ""),
+    (r"first_step = 0\nevaluate\(first_step\)", "evaluate(0)"),
+    (r"range\(first_step \+ 1, ", "range(1, "),
+    (r"prompts = \[prompt\]\n[\s\S]*", "write(prompt, max_new_tokens, seed)\n"),
 ]
 
 
@@ -233,8 +243,10 @@ def titles():
 def head(last):
     """Return the docstring of a script between the first and the last step."""
     title = titles()[last]
-    whole = ("This is gpt.py without its extras: checkpoints, bf16, several processes, a "
-             "picture.\n\n" if last == max(titles()) else "")
+    whole = {9: "This is part one of gpt.py: a complete GPT (a generative pre-trained "
+                "transformer).\n\n",
+             max(titles()): "This is gpt.py without its extras: checkpoints, bf16, several "
+                            "processes, a picture.\n\n"}.get(last, "")
     return (f'"""Step {last} on the way from bigram.py to gpt.py: {title}.\n\n{whole}'
             "Shapes in comments: B batch_size, T time (up to block_size), C n_embd, D head size,"
             '\nV vocab_size.\n"""')
@@ -257,8 +269,8 @@ def write_all(folder, form=str):
 
 def difference(step):
     """Return what changes in the code in this step, as the lines of a diff."""
-    old, new = ([line for is_text, lines in cells(script(n)) if not is_text for line in lines]
-                for n in (step - 1, step))
+    old, new = ([line for is_text, lines in cells(bare(script(n))) if not is_text
+                 for line in lines] for n in (step - 1, step))
     lines = list(difflib.unified_diff(old, new, lineterm=""))[2:]
     # The numbers of lines would be those of no file.
     return ["@@ ... @@" if line.startswith("@@") else line for line in lines]
@@ -275,7 +287,7 @@ def text_below(heading, name="gpt.py"):
 def text_of(step):
     """Return the text of a step, as gpt.py has it, in paragraphs."""
     # Something with a heading of its own comes with these.
-    also = {2: ["The block", "The GPT"], 10: ["The modern GPT"], 14: ["Muon, the optimizer"]}
+    also = {2: ["The block", "The GPT"], 10: ["The modern GPT"], 15: ["Muon, the optimizer"]}
     text = text_below(f"Step {step}:")
     for heading in also.get(step, []):
         text += f"\n\n**{heading}.** {text_below(heading)}"
@@ -412,10 +424,10 @@ def table():
 def worth():
     """Return the table of what stands in for attention and for Muon, as far as measured."""
     runs = {"the whole": max(titles()), "without attention": "without 4",
-            "without token shift": "without 13", "without both": "without 4 and 13",
-            "AdamW in place of Muon, learning rate 0.002": "without 14, rate 0.002",
-            "AdamW in place of Muon, learning rate 0.004": "without 14",
-            "AdamW in place of Muon, learning rate 0.008": "without 14, rate 0.008"}
+            "without token shift": "without 14", "without both": "without 4 and 14",
+            "AdamW in place of Muon, learning rate 0.002": "without 15, rate 0.002",
+            "AdamW in place of Muon, learning rate 0.004": "without 15",
+            "AdamW in place of Muon, learning rate 0.008": "without 15, rate 0.008"}
     rows, head = [[title] for title in runs], [""]
     for iters in (300, 1500):  # all on the seeds on which attention was taken out
         seeds = list(by_seed("without 4", iters))

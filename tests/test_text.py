@@ -130,7 +130,7 @@ def test_batches_read_all_of_the_text_before_any_of_it_twice(space, monkeypatch)
 
 
 def test_names_change_places_and_nothing_else_does(tmp_path):
-    """Step 16, word by word: the same words but for names, of which each has one other name."""
+    """Step 17, word by word: the same words but for names, of which each has one other name."""
     text = TEXT[:40000] + "\n\nTYBALT:\nTybalt!"  # whom only validation knows
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     space = names("gpt.py", tmp_path, text_file="text.txt", max_iters=1, block_size=2000)
