@@ -186,7 +186,7 @@ if len(val_data) <= block_size:
 
 # %%
 chance = torch.Generator().manual_seed(seed)
-# After a cut, there is room for a piece, and for the offset that moves it (below).
+# After each cut, there is room for a piece, and for the offset that moves it (below).
 cuts = torch.arange(0, len(train_data) - 2 * block_size, block_size)
 starts = []  # where the pieces begin, in the order in which they are dealt
 

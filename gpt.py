@@ -1,6 +1,6 @@
 """gpt.py: a GPT that learns to write from one text, a character at a time.
 
-    python gpt.py                     learns for about five minutes, then writes
+    python gpt.py                     learns for some minutes, then writes
     python gpt.py --prompt="ROMEO:"   the same, and writes on from your words
     python gpt.py --part=1            the same with the model of part one only
 
@@ -288,7 +288,7 @@ if len(val_data) <= block_size:
 
 # %%
 chance = torch.Generator().manual_seed(seed)
-# After a cut, there is room for a piece, and for the offset that moves it (below).
+# After each cut, there is room for a piece, and for the offset that moves it (below).
 cuts = torch.arange(0, len(train_data) - 2 * block_size, block_size)
 starts = []  # where the pieces begin, in the order in which they are dealt
 
@@ -338,14 +338,14 @@ for t, target in enumerate(targets[0, :4], start=1):
 # # Part one: a GPT
 #
 # Each step adds an idea, and most of them tell what it brings. "The loss is 2.34
-# instead of 2.53" is to say: with all ideas up to this one, the loss in validation
-# is 2.34, and without this one, it is 2.53. (Both are measured after 300 steps of
+# instead of 2.53" means: with all ideas up to this one, the loss in validation is
+# 2.34, and without this one, it is 2.53. (Both are measured after 300 steps of
 # training, `max_iters = 300`, with the numbers for a CPU, and are means over three
-# seeds. A difference of less than 0.03 may be chance. The README tells how to get a
-# script for each idea.) The first three gain nothing yet: they prepare the fourth,
-# attention, which gains a lot.
+# seeds. In part one, a difference of less than 0.05 may be chance. The README tells
+# how to get a script for each idea.) The first three gain nothing yet: they prepare
+# the fourth, attention, which gains a lot.
 #
-# What do such losses mean? This is how models write that have them:
+# What do such losses mean? Models that have them write like this:
 #
 # - 2.50 (a table): `Athtimacowin muphe hirkend y t dinsp me comurar andil`
 # - 2.13 (part one): `Enw me' mme him ake you din prow come a pand afthe`
@@ -416,7 +416,7 @@ equal_weights = may_see / may_see.sum(dim=1, keepdim=True)                 # (T,
 print("weights of a plain mean, for 4 positions:")
 print(equal_weights[:4, :4].cpu().numpy().round(2))
 numbers = torch.tensor([2.0, 4.0, 6.0, 8.0], device=device)
-means = equal_weights[:4, :4] @ numbers
+means = equal_weights[:4, :4] @ numbers[:block_size]
 print(f"means of 2, 4, 6, 8 so far: {means.cpu().numpy().round(2)}")
 
 # %% [markdown]
@@ -469,8 +469,8 @@ positions = torch.cat([angles.sin(), angles.cos()], dim=1).to(device)  # (T, C)
 # `lm_head` is no head of attention.)
 #
 # Let the scores of `R`, `o`, `m` and `e` be 2, 0, 0 and 1. Softmax makes the
-# weights 0.61, 0.08, 0.08 and 0.22 of them. So what the `e` gets is mostly the
-# value of the `R`.
+# weights (about) 0.61, 0.08, 0.08 and 0.22 of them. So what the `e` gets is mostly
+# the value of the `R`.
 #
 # In one line:
 #
@@ -536,7 +536,7 @@ class Head(nn.Module):
 # together they have no more weights than a single large one. A linear layer,
 # `proj`, mixes what they found. (This is added to x. Without `proj`, each head
 # could only add to its own D numbers of it.) After 300 steps, the loss is 2.31
-# instead of 2.34. (With one of the three seeds, it is not lower.)
+# instead of 2.34. (With one of the three seeds, the loss is not lower.)
 
 # %%
 class MultiHeadAttention(nn.Module):
@@ -590,7 +590,7 @@ class FeedForward(nn.Module):
 # `lm_head`. It shifts and scales each vector, so that its numbers have mean 0 and
 # variance 1. (Then it multiplies by one learned vector, and adds another.) So what
 # follows always reads numbers of a steady size, however large x becomes. After 300
-# steps, the loss is 2.14 instead of 2.18.
+# steps, the loss is 2.14 instead of 2.18. (It gains with each of the three seeds.)
 
 # %%
 class Block(nn.Module):
@@ -625,8 +625,8 @@ class Block(nn.Module):
 # A deep model is harder to train, so the last layer of attention and that of
 # feed-forward begin at zero. At first a block adds next to nothing, and the deep
 # model is as simple as a shallow one. (Zeros can learn: in w * x, the gradient of w
-# is x, also where w is 0. What stands before them learns as soon as they are no
-# longer 0.)
+# is x times that of the product, also where w is 0. What stands before zeros learns
+# as soon as they are no longer 0.)
 #
 # ## Step 9: dropout
 # A large model can learn a small text by heart. During training, dropout sets
@@ -636,10 +636,10 @@ class Block(nn.Module):
 # (`nn.Dropout`), inside the blocks as well. `model.train()` switches it on, and
 # `model.eval()` off. With the numbers for a CPU, the rate is 0, because the
 # training is too short to learn by heart. A short text is learned by heart soon:
-# with the first 20,000 characters only, the loss in validation falls to 1.96 within
-# 300 steps, and has risen to 4.20 after 1,000, where the model is sure, and wrong.
-# With a rate of 0.2, it falls to 1.98, and has risen to 2.10. (So it also helps to
-# stop early.)
+# with the first 20,000 characters only, the loss of this model in validation falls
+# to 1.96 within 300 steps, and has risen to 4.20 after 1,000, where the model is
+# sure, and wrong. With a rate of 0.2, it falls to 1.98, and has risen to 2.10. (So
+# it also helps to stop early.)
 
 # %%
 class GPT(LanguageModel):
@@ -796,8 +796,8 @@ def train_step(inputs, targets):
 # and the hand (0, 1) to (-sin, cos). So (a, b) turns to a times the one plus b
 # times the other.
 #
-# The model of part two, further below, begins with this step. The clocks of Step 3
-# are taken away from it. After 300 steps, the loss is 2.03 instead of 2.14.
+# The model of part two, further below, begins with this step. It has no clocks of
+# Step 3. After 300 steps, the loss is 2.03 instead of 2.14.
 
 # %%
 # Speeds and angles, as in Step 3, but for the D numbers of a head. (From 1 down to
@@ -832,11 +832,11 @@ class RotaryHead(Head):
 # no score exceeds D / sqrt(D) = sqrt(D).
 #
 # It also helps in the beginning. `nn.Linear` begins with small weights, so scores
-# begin at about 0.3, and attention is nearly a plain mean. With the LayerNorm, they
-# begin at about 1. From here on, no layer of a block begins at zero any more (Step
-# 8), since the complete model learns better without these zeros. (Dehghani et al.
-# 2023, arXiv:2302.05442, known as QK-norm) After 300 steps, the loss is 1.97
-# instead of 2.03.
+# are about 0.3 in size at first, and attention is nearly a plain mean. With the
+# LayerNorm, they are about 1 in size. From here on, no layer of a block begins at
+# zero any more (Step 8), since the complete model learns better without these
+# zeros. (Dehghani et al. 2023, arXiv:2302.05442, known as QK-norm) After 300 steps,
+# the loss is 1.97 instead of 2.03. (This is for both changes.)
 
 # %%
 class NormedHead(RotaryHead):
@@ -879,8 +879,8 @@ class GatedHead(NormedHead):
 # with another. One of the two is the gate: it passes through `F.silu`, a smooth
 # ReLU. The three layers are narrower (8/3 C instead of 4 C), so that they have as
 # many weights as the two had. (Shazeer 2020, arXiv:2002.05202, known as SwiGLU)
-# After 300 steps, the loss is 1.90 instead of 1.91. In the complete model, this
-# step is worth more: without it, the loss would be 1.55, not 1.52.
+# After 300 steps, the loss is 1.90 instead of 1.91. In the complete model, a gated
+# feed-forward is worth more: without it, the loss would be 1.55, not 1.52.
 
 # %%
 class GatedFeedForward(nn.Module):
@@ -958,8 +958,9 @@ class ModernGPT(GPT):
 # The weights of a linear layer are a matrix, and so is their gradient. The simplest
 # matrices have numbers on their diagonal only. The first number of the input is
 # multiplied by the first of these, the second by the second, and so on. Let us call
-# them *strengths*. Any other matrix does the same between two turns: it turns the
-# input, multiplies each number by a strength, and turns the result.
+# them *strengths*. Any other matrix does the same between two turns (or
+# mirrorings): it turns the input, multiplies each number by a strength, and turns
+# the result.
 #
 # In a gradient, a few strengths are large, and many are small, though what they
 # stand for is often just as useful. Muon makes all of them about equal, so that
@@ -979,18 +980,18 @@ class ModernGPT(GPT):
 # 1, five rounds lead to a number between about 0.7 and 1.1 (much smaller ones end
 # lower).
 #
-# Now let x be a matrix with numbers on its diagonal only, divided by their size so
-# that none is above 1. In x @ x.T @ x, each of them stands to the power of 3. So
-# the same formula, in matrices, does this to all of them at once. And turns do not
-# disturb it: x.T has those of x backwards, so where x and x.T meet, they cancel,
-# and at the two ends of x @ x.T @ x stand those of x itself. (Jordan 2024,
+# Now let x be a matrix with numbers on its diagonal only, scaled so that none is
+# above 1. In x @ x.T @ x, each of them stands to the power of 3. So the same
+# formula, in matrices, does this to all of them at once. And turns do not disturb
+# it: x.T has those of x backwards, so where x and x.T meet, they cancel, and at the
+# two ends of x @ x.T @ x stand those of x itself. (Jordan 2024,
 # kellerjordan.github.io/posts/muon; the three factors were found by search.)
 #
 # Muon adjusts the matrices in the blocks. All other weights are left to AdamW,
 # including the embedding and `lm_head`: there AdamW does better, as Jordan found.
-# After 300 steps, the loss is 1.64 instead of 1.69. (This seems little for so much
-# thought. But with the two steps to come, Muon is worth more: without it, the whole
-# would end at 1.57, and with it, it ends at 1.52.)
+# After 300 steps, the loss is 1.64 instead of 1.69. (What Muon gains seems little
+# for so much thought. But with the two steps to come, Muon is worth more: without
+# it, the whole would end at 1.57, and with it, it ends at 1.52.)
 
 # %%
 def equalize(m):
@@ -1273,7 +1274,7 @@ def keep(step):
 
 # %% [markdown]
 # ## Extra: Ctrl-C
-# The first one ends the training between two steps, so that the file is whole.
+# The first Ctrl-C ends the training between two steps, so that the file is whole.
 
 # %%
 interrupted = []  # not empty after Ctrl-C
@@ -1291,7 +1292,6 @@ def stopped():
     if world > 1:
         pressed = torch.tensor(pressed, device=device)
         torch.distributed.all_reduce(pressed)
-    interrupted.clear()
     return pressed > 0
 
 
@@ -1307,7 +1307,8 @@ def until_ctrl_c(steps):
                 keep(step)
             learned = f" --text_file={text_file}" if another_text else ""
             how = f"; --load={save}{learned} goes on" if save else ""
-            print(f"stopped by Ctrl-C{how}")
+            if step < max_iters:
+                print(f"stopped by Ctrl-C{how}")
             break
 
 
