@@ -233,6 +233,30 @@ def test_ctrl_c_ends_a_notebook_whose_cells_ran_twice():
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.parametrize("pressed, made, evaluated, said", [
+    (2, [1, 2], [2], "stopped by Ctrl-C; --load=gpt.pt goes on\n"),  # between two evaluations
+    (3, [1, 2, 3], [], "stopped by Ctrl-C; --load=gpt.pt goes on\n"),  # this one is evaluated
+    (4, [1, 2, 3, 4], [], "")])  # in the last step, nothing is left to go on with
+def test_the_steps_end_after_ctrl_c(pressed, made, evaluated, said, capsys):
+    cell = (ROOT / "gpt.py").read_text(encoding="utf-8").split("## Extra: Ctrl-C")[1]
+    kept, steps = [], []
+    space = {"signal": signal, "losses": {3: (1, 1), 4: (1, 1)}, "world": 1, "max_iters": 4,
+             "save": "gpt.pt", "another_text": False, "evaluate": kept.append, "keep": kept.append}
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        exec(re.split(r"(?m)^# %%.*$", cell)[1], space)
+        for step in space["until_ctrl_c"](range(1, 5)):
+            steps.append(step)
+            if step == pressed:
+                signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):  # the second one is as usual again
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert steps == made and kept == 2 * evaluated
+    assert capsys.readouterr().out == said
+
+
 def test_another_text_begins_with_the_best_weights_and_new_rows(script, overfit, tmp_path):
     text, source, before = tmp_path / "other.txt", overfit.path, overfit.path.read_bytes()
     text.write_text(OTHER, encoding="utf-8")

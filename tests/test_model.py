@@ -253,6 +253,34 @@ def test_the_numbers_in_the_text_on_muon():
     assert (x.min().round(1), x.max().round(1)) == (float(low), float(high))
 
 
+def test_the_numbers_in_the_text_on_attention_and_muon(modern, tmp_path):
+    """The weights of four scores, products of clocks, sizes of scores, what Muon makes of two."""
+    source = (ROOT / "gpt.py").read_text(encoding="utf-8").replace("\n# ", " ")
+    scores, weights = re.search(r"be ([\d, and]+)\. Softmax makes the weights \(about\) "
+                                r"([\d., and]+) of them", source).groups()
+    scores, weights = (list(map(float, re.findall(r"[\d.]+", told))) for told in (scores, weights))
+    assert torch.tensor(scores).softmax(0).numpy().round(2).tolist() == pytest.approx(weights)
+
+    told = re.search(r"positions 3, 4 and 5 are ([\d.]+), ([\d.]+) and ([\d.]+)\.", source).groups()
+    one = names("gpt.py", tmp_path, n_embd=192, block_size=256, part=1)
+    fastest = one["positions"][:, [0, 96]].double()  # its hand at each position
+    assert [f"{float(fastest[4] @ fastest[at]):.3g}" for at in (3, 4, 5)] == list(told)
+
+    before, after = re.search(r"scores are about ([\d.]+) in size at first, .*?they are about "
+                              r"([\d.]+) in size", source).groups()
+    torch.manual_seed(0)
+    x = F.layer_norm(torch.randn(2000, 192), (192,))
+    q, k = (torch.nn.Linear(192, 96, bias=False)(x).detach() for _ in range(2))
+    assert (q @ k.T / 96**0.5).std().item() == pytest.approx(float(before), abs=0.05)
+    q, k = F.layer_norm(q, (96,)), F.layer_norm(k, (96,))
+    assert (q @ k.T / 96**0.5).std().item() == pytest.approx(float(after), abs=0.05)
+
+    first, second, made = re.search(r"with ([\d.]+) and ([\d.]+) on its diagonal it makes one with "
+                                    r"([\d.]+ and [\d.]+),", source).groups()
+    result = modern["equalize"](torch.tensor([float(first), float(second)]).diag()[None])[0]
+    assert " and ".join(f"{x:.1f}" for x in result.diag().tolist()) == made
+
+
 def test_generate(gpt):
     model, size = gpt["model"], gpt["block_size"]
     idx = torch.randint(gpt["vocab_size"], (size + 9,))

@@ -235,6 +235,8 @@ def test_what_a_run_prints(script, small_text, tmp_path):
     answers = re.split(r"--- sample [123] of 3 ---\n", done.stdout)[1:]
     assert len(set(answers)) == 3 and all(a.startswith("The") and len(a) == 9 for a in answers)
     assert "\r" not in done.stdout and "characters/s" not in done.stdout  # it is no terminal
+    means = "means of 2, 4, 6, 8 so far: [2. 3. 4. 5.]\n"
+    assert done.stdout.count(means) == (script == "gpt.py")
 
 
 @BOTH
