@@ -92,9 +92,9 @@ kinds = {"text_file": str, "device": str, "prompt": str, "save": str, "load": st
          "muon_lr": float, "momentum": float, "weight_decay": float}  # all others: int
 given, glosses = {}, {}
 if __name__ == "__main__" and Path(sys.argv[0]).name in script.parts:  # no notebook
-    # What --help says of an option is its comment in the cell above.
+    # What --help says of an option is its comment in the cell above, if it has one.
     source = inspect.getsource(sys.modules["__main__"]).split("## Options")[0]
-    glosses = dict(re.findall(r"(?m)^(\w+) = .+? # (.+)", source))
+    glosses = dict(re.findall(r"(?m)^(\w+) = [^{\n]+?(?:# (.+))?$", source))
     for name, gloss in glosses.items():
         gloss = gloss.replace("%", "%%")  # as argparse wants it
         parser.add_argument(f"--{name}", type=kinds.get(name, int), help=gloss)

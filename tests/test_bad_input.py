@@ -123,6 +123,18 @@ def test_wrong_numbers_written_into_the_script(script, name, value, line, tmp_pa
     assert re.fullmatch(rf"{script}: error: {line}\n", run.stderr), run.stderr
 
 
+@pytest.mark.parametrize("script", ["gpt.py", "bigram.py"])
+def test_a_number_without_its_comment_is_still_an_option_and_checked(script, tmp_path):
+    source = (ROOT / script).read_text(encoding="utf-8")
+    for value, option, line in [("20.0", "--seed=1", "max_iters=20.0 should be of type int"),
+                                ("20", "--max_iters=-1", "max_iters=-1 should be at least 0.*")]:
+        changed = re.sub("(?m)^max_iters = .*", f"max_iters = {value}", source)
+        (tmp_path / script).write_text(changed, encoding="utf-8")
+        run = Quick(tmp_path / script, option, cwd=tmp_path, tiny=False).end()
+        assert (run.status, run.stdout) == (2, "")
+        assert re.fullmatch(rf"{script}: error: {line}\n", run.stderr), run.stderr
+
+
 @pytest.mark.parametrize("args", ["--n_layer=3", "--batch_sizes=3", "--max_iters=2.5",
                                   "--text_file=empty.txt", "--prompt=\N{SNOWMAN}"])
 def test_bigram_complains_as_well(args, folder):
