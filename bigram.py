@@ -332,7 +332,7 @@ def evaluate(step):
     train_loss = estimate_loss(train_data[:2**15])  # a part of it is enough
     val_loss = estimate_loss(val_data[:2**18])      # all of it, if it is not huge
     line = f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
-    # Wide enough to cover the progress line.
+    # Wide enough to cover the progress line (further below).
     print(line.ljust(79))
     write("", 80, seed)
     losses[step] = train_loss, val_loss

@@ -736,7 +736,7 @@ def evaluate(step):
     train_loss = estimate_loss(train_data[:2**15])  # a part of it is enough
     val_loss = estimate_loss(val_data[:2**18])      # all of it, if it is not huge
     line = f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
-    # Wide enough to cover the progress line.
+    # Wide enough to cover the progress line (further below).
     print(line.ljust(79))
     write("", 80, seed)
     losses[step] = train_loss, val_loss
@@ -796,8 +796,8 @@ def train_step(inputs, targets):
 # and the hand (0, 1) to (-sin, cos). So (a, b) turns to a times the one plus b
 # times the other.
 #
-# The model of part two, further below, begins with this step. It has no clocks of
-# Step 3. After 300 steps, the loss is 2.03 instead of 2.14.
+# The model of part two, further below, begins with this step. It adds no clocks
+# (Step 3). After 300 steps, the loss is 2.03 instead of 2.14.
 
 # %%
 # Speeds and angles, as in Step 3, but for the D numbers of a head. (From 1 down to

@@ -271,9 +271,17 @@ def difference(step):
     """Return what changes in the code in this step, as the lines of a diff."""
     old, new = ([line for is_text, lines in cells(bare(script(n))) if not is_text
                  for line in lines] for n in (step - 1, step))
-    lines = list(difflib.unified_diff(old, new, lineterm=""))[2:]
-    # The numbers of lines would be those of no file.
-    return ["@@ ... @@" if line.startswith("@@") else line for line in lines]
+    lines = []
+    # (autojunk would leave frequent lines out of account, so that some go and come back.)
+    matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
+    for hunk in matcher.get_grouped_opcodes():
+        lines.append("@@ ... @@")  # the numbers of lines would be those of no file
+        for kind, a, b, c, d in hunk:
+            if kind == "equal":
+                lines += [f" {line}" for line in old[a:b]]
+            else:
+                lines += [f"-{line}" for line in old[a:b]] + [f"+{line}" for line in new[c:d]]
+    return lines
 
 
 def text_below(heading, name="gpt.py"):

@@ -119,6 +119,9 @@ def test_every_step_is_a_script_that_runs(step, tmp_path):
 def test_a_step_changes_little(step):
     assert sum(line.startswith("@@") for line in steps.difference(step)) <= 5
     assert 0 < steps.lines_of(step) <= 36
+    gone, come = ({line[1:] for line in steps.difference(step) if re.match(rf"\{sign} *def", line)}
+                  for sign in "-+")
+    assert not gone & come  # no head of a function goes and comes back
     assert code_of(steps.script(step)) != code_of(steps.script(step - 1))
 
 
@@ -172,6 +175,13 @@ def test_what_gpt_py_says_its_steps_are_worth():
     source = SOURCE["gpt.py"].replace("\n# ", " ")
     told = re.search(r"would end at (\S+), and with it, it ends at (\S+)\.\)", source).groups()
     assert told == (f"{steps.mean('without 15'):.2f}", f"{steps.mean(STEPS[-1]):.2f}")
+    told = re.search(r"without it, the loss would be (\S+), not (\S+)\.", source).groups()
+    assert told == (f"{steps.mean('without 13'):.2f}", f"{steps.mean(STEPS[-1]):.2f}")
+    for step, sentence, gains in ((5, "With one of the three seeds, the loss is not lower.", 2),
+                                  (7, "It gains with each of the three seeds.", 3)):
+        before, after = steps.by_seed(step - 1), steps.by_seed(step)
+        assert sentence in " ".join(steps.text_of(step).split())
+        assert sum(after[seed] < before[seed] for seed in before) == gains and len(before) == 3
     told = re.search(r"together, from (\S+) to (\S+)\.", source).groups()
     assert told == (f"{steps.mean(9):.2f}", f"{steps.mean(STEPS[-1]):.2f}")
 
