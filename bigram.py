@@ -27,7 +27,7 @@ text_file = "input.txt"  # what to learn from: any text in UTF-8
 batch_size = 8           # how many pieces of text does a training step learn from?
 block_size = 256         # context length: how many characters can the model look at?
 max_iters = 300          # how many training steps?
-eval_interval = 100      # how many of them from one evaluation to the next?
+eval_interval = 100      # how many steps between evaluations?
 learning_rate = 0.05     # how far does a training step move the parameters?
 max_new_tokens = 500     # how many characters should it write?
 temperature = 0.8        # below 1 keeps to the likely, above 1 takes more risks
@@ -56,9 +56,8 @@ except (OSError, UnicodeError) as error:
 
 # %% [markdown]
 # ## The vocabulary
-# A model computes with numbers, so each distinct character gets one, its *id*: its
-# place in the sorted list. The units that a model reads and writes are called
-# *tokens*. Here a token is a character; in large models it is a piece of a word.
+# A model computes with numbers, so each distinct character gets one, its *id*. What a
+# model reads and writes are *tokens*: here characters, in large models pieces of words.
 
 # %%
 chars = sorted(set(text))
@@ -92,7 +91,7 @@ val_data = data[int(0.9 * len(data)):]
 # is an example of its own: given the characters up to here, which one comes next?
 #
 # The text is cut into pieces, which are shuffled and dealt like cards, so that all of
-# it is read equally often.
+# it is read equally often. When all are dealt, it is cut again, at other places.
 
 # %%
 generator = torch.Generator().manual_seed(seed)
@@ -103,7 +102,8 @@ deck = []  # where the pieces begin, in the order in which they are dealt
 def get_batch(step):
     """Return the inputs and the targets of this step (1, 2, ...), both (B, T)."""
     while len(deck) < step * batch_size:
-        deck.extend(cuts[torch.randperm(len(cuts), generator=generator)].tolist())
+        moved = (cuts + len(deck)) % (len(train_data) - block_size)  # cut elsewhere
+        deck.extend(moved[torch.randperm(len(cuts), generator=generator)].tolist())
     starts = deck[(step - 1) * batch_size:step * batch_size]
     pieces = torch.stack([data[i:i + block_size + 1] for i in starts])  # (B, T+1)
     return pieces[:, :-1], pieces[:, 1:]
@@ -190,7 +190,7 @@ def write(start, max_new_tokens, seed):
 
 # %% [markdown]
 # ## Evaluation
-# The loss is always measured on the same pieces of text, one after the other, so
+# The loss is always measured on the same pieces of text, cut one after the other, so
 # that the same model always gets the same number.
 
 # %%
@@ -207,16 +207,16 @@ def estimate_loss(data):
 
 def evaluate(step):
     """Measure and print the losses after this step, and a short sample."""
-    train_loss = estimate_loss(train_data[:2**15])  # a part of it is enough
-    val_loss = estimate_loss(val_data[:2**18])      # all of it, if it is not huge
+    train_loss = estimate_loss(train_data[:2**15])  # a part is enough
+    val_loss = estimate_loss(val_data[:2**18])      # all, if it is not huge
     print(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
     write("", 80, seed)
 
 
 # %% [markdown]
 # ## Training
-# One training step: take a batch, compute the loss, let backpropagation find out how
-# each parameter changes it, and move each parameter a little the other way.
+# One training step: compute the loss of a batch, find out how each parameter changes
+# it, and move each parameter a little the other way.
 
 # %%
 def train_step(inputs, targets):

@@ -1,10 +1,10 @@
 """gpt.py: a GPT that learns to write like Shakespeare, one character at a time.
 
     python gpt.py                 trains for some minutes, then writes
-    python gpt.py --load=gpt.pt   writes with the model that was kept
+    python gpt.py --load=gpt.pt   writes with the model that was saved
 
-Part one builds and trains a GPT like GPT-2, only smaller. Part two adds what has been
-found since. Each step is one idea on the way from bigram.py to here. Skip the extras.
+Part one builds a GPT like GPT-2, only smaller. Part two adds what came later. Each step
+is one idea on the way from bigram.py, the script beside this one. Skip what says Extra.
 
 Shapes in comments: B batch_size, T time, C n_embd, D head_size, V vocab_size.
 """
@@ -32,29 +32,29 @@ text_file = "input.txt"  # what to learn from: any text in UTF-8
 batch_size = 8           # how many pieces of text does a training step learn from?
 block_size = 256         # context length: how many characters can the model look at?
 max_iters = 1500         # how many training steps?
-eval_interval = 300      # how many of them from one evaluation to the next?
+eval_interval = 300      # how many steps between evaluations?
 n_embd = 192             # embedding dimension: how many numbers describe a character?
 n_head = 2               # attention heads: how many things to look for at once?
 n_layer = 4              # depth: how many blocks in a row?
 dropout = 0.0            # what share of the numbers is set to 0 in training? (Step 7)
 learning_rate = 0.004    # how far does a training step move the parameters?
-muon_lr = 0.02           # and how far those that Muon moves? (Step 11)
+muon_lr = 0.02           # the same for those that Muon moves (Step 11)
 momentum = 0.9           # how much of earlier gradients does Muon keep?
 weight_decay = 0.1       # how strongly does Muon pull parameters towards 0?
-prompt = ""              # what is the model to continue?
+prompt = ""              # text for the model to continue
 samples = 1              # how many continuations?
 max_new_tokens = 500     # how many characters should it write?
 temperature = 0.8        # below 1 keeps to the likely, above 1 takes more risks
 seed = 1337              # of the random numbers: the same seed, the same run
-save = "gpt.pt"          # where to keep the best model
-load = ""                # which kept model to start from
-device = "cuda" if torch.cuda.is_available() else "cpu"
+save = "gpt.pt"          # where to save the best model
+load = ""                # which saved model to start from
+device = f"cuda:{os.getenv('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 gpu_numbers = dict(batch_size=16, max_iters=1000, eval_interval=250, n_embd=384,
                    n_head=3, n_layer=6, dropout=0.05, momentum=0.95, weight_decay=0.3)
 
 # %% [markdown]
 # ## Extra: options
-# All of these become options. What you give comes before what a kept model brings.
+# All of these become options. They override what a saved model brings along.
 
 # %%
 parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
@@ -93,9 +93,8 @@ except (OSError, UnicodeError) as error:
     parser.error(f"no text in UTF-8 at {text_file} ({error}); put one there")
 
 # %% [markdown]
-# ## Extra: checks, several processes, 16-bit numbers
-# Of several processes (torchrun), only the first one speaks. Products of 16-bit
-# numbers are faster, where the processor has units for them.
+# ## Extra: checks, and several processes
+# Of several processes (torchrun), only the first one prints.
 
 # %%
 if min(batch_size, block_size, eval_interval, n_embd, n_head, n_layer) < 1:
@@ -103,31 +102,21 @@ if min(batch_size, block_size, eval_interval, n_embd, n_head, n_layer) < 1:
 if n_embd % (4 * n_head):
     parser.error(f"{n_embd=} should be a multiple of 4 * {n_head=}")
 if save and not os.access(Path(save).parent, os.W_OK):
-    parser.error(f"{save=} is in no folder that can be written to")
+    parser.error(f"{save=} is not in a writable folder")
 for name in ("block_size", "n_embd", "n_head", "n_layer") if load else ():
     if options[name] != checkpoint["options"][name]:
-        parser.error(f"{load} has {name}={checkpoint['options'][name]}: leave it so")
+        parser.error(f"{load} was made with {name}={checkpoint['options'][name]}")
 
 world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 if batch_size % world:
     parser.error(f"{batch_size=} should be a multiple of the {world} processes")
-if world > 1 and device == "cuda":
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 if rank > 0:
     sys.stdout = open(os.devnull, "w")
 
-units = torch.cpu.get_capabilities()
-fast = bool(units.get("avx512_bf16") or units.get("amx_bf16"))
-if "cuda" in device:
-    fast = torch.cuda.is_bf16_supported(including_emulation=False)
-dtype = torch.bfloat16 if fast else torch.float32
-autocast = torch.autocast(device.split(":")[0], dtype, fast, cache_enabled=False)
-
 # %% [markdown]
 # ## The vocabulary
-# A model computes with numbers, so each distinct character gets one, its *id*: its
-# place in the sorted list. The units that a model reads and writes are called
-# *tokens*. Here a token is a character; in large models it is a piece of a word.
+# A model computes with numbers, so each distinct character gets one, its *id*. What a
+# model reads and writes are *tokens*: here characters, in large models pieces of words.
 
 # %%
 chars = sorted(set(text))
@@ -158,7 +147,7 @@ val_data = data[int(0.9 * len(data)):]
 if len(val_data) <= block_size:  # Extra
     parser.error(f"{text_file} should have more than {10 * block_size} characters")
 if set(prompt) - set(chars):  # Extra
-    parser.error(f"{prompt=} has {set(prompt) - set(chars)}, which {text_file} has not")
+    parser.error(f"{set(prompt) - set(chars)} in the prompt is not in {text_file}")
 
 # %% [markdown]
 # ## Batches
@@ -167,7 +156,7 @@ if set(prompt) - set(chars):  # Extra
 # is an example of its own: given the characters up to here, which one comes next?
 #
 # The text is cut into pieces, which are shuffled and dealt like cards, so that all of
-# it is read equally often.
+# it is read equally often. When all are dealt, it is cut again, at other places.
 
 # %%
 generator = torch.Generator().manual_seed(seed)
@@ -178,7 +167,8 @@ deck = []  # where the pieces begin, in the order in which they are dealt
 def get_batch(step):
     """Return the inputs and the targets of this step (1, 2, ...), both (B, T)."""
     while len(deck) < step * batch_size:
-        deck.extend(cuts[torch.randperm(len(cuts), generator=generator)].tolist())
+        moved = (cuts + len(deck)) % (len(train_data) - block_size)  # cut elsewhere
+        deck.extend(moved[torch.randperm(len(cuts), generator=generator)].tolist())
     starts = deck[(step - 1) * batch_size:step * batch_size]
     pieces = torch.stack([data[i:i + block_size + 1] for i in starts])  # (B, T+1)
     return pieces[:, :-1], pieces[:, 1:]
@@ -208,20 +198,19 @@ for t in range(4):
 # %% [markdown]
 # # Part one: a GPT
 # The number at the end of a step is the validation loss with all steps up to this
-# one, after 300 training steps. Models with such losses write like this:
+# one, after 300 training steps. With such losses, models write like this:
 #
-# - 2.50: `Athtimacowin muphe hirkend y t dinsp me comurar andil`
-# - 2.05: `Enw me' mme him ake you din prow come a pand afthe`
-# - 1.38: `But, may win my master and your best`
+# - 2.50 (bigram.py): `Athtimacowin muphe hirkend y t dinsp me comurar andil`
+# - 2.05 (part one): `Enw me' mme him ake you din prow come a pand afthe`
+# - 1.38 (all, 1,500 steps): `But, may win my master and your best`
 #
 # ## Step 1: embedding
 # The simplest model is a table with a row for each character: the logits of all that
-# may come after it. That is bigram.py. But a table knows characters by name only.
-# What it learns about `a` tells it nothing about `e`. So we give each character a
-# vector of `n_embd` numbers, its *embedding*, which is learned. Characters that
-# behave alike can become alike. A linear layer, `lm_head`, turns a vector into
-# logits. On its own this can say no more than the table, but now there are vectors,
-# to which more can be added. (2.51)
+# may come after it. That is bigram.py. But a table knows characters by name only. What
+# it learns about `a` tells it nothing about `e`. So we give each character a vector of
+# `n_embd` numbers, its *embedding*, which is learned: characters that behave alike can
+# become alike. A linear layer, `lm_head`, turns a vector into logits. This knows no
+# more than the table, but now there are vectors, to which more can be added. (2.51)
 
 # %% [markdown]
 # ## Step 2: attention
@@ -229,7 +218,7 @@ for t in range(4):
 # the model looks at the `e`. The simplest way to tell the `e` what came before it is
 # the *mean* of all vectors so far. As a product of matrices, this is
 # `equal_weights @ x`: row t has equal weights for the positions 0 to t, and 0 for the
-# later ones, which must stay hidden, for they are what the model is to guess.
+# later ones. Those must stay hidden: they are what the model has to guess.
 
 # %%
 may_see = torch.ones(4, 4).tril()  # row t has 1 for the positions 0 to t, and then 0
@@ -250,9 +239,9 @@ print(f"{equal_weights}\nmeans of 2, 4, 6, 8 so far: {means.tolist()}")
 # For example, the query of the `e` in `Rome` may ask: where are the capital letters?
 # The key of the `R` says: I am one. Its value says: I am an R.
 #
-# Multiply a query and a key number by number, then add up: this is their *score*, and
-# the better the two fit, the larger it is. Softmax turns the scores of a position
-# into attention weights, and the mean with these weights is taken over the values.
+# The dot product of a query and a key (multiply number by number, then add up) is their
+# *score*: the better the two fit, the larger it is. Softmax turns the scores of a
+# position into attention weights, and with these, the mean of the values is taken.
 # If the scores of `R`, `o`, `m` and `e` are 2, 0, 0 and 1, their weights are 0.61,
 # 0.08, 0.08 and 0.22, so what the `e` gets is mostly the value of the `R`. In one line:
 #
@@ -266,12 +255,11 @@ print(f"{equal_weights}\nmeans of 2, 4, 6, 8 so far: {means.tolist()}")
 # then a small change of the scores has hardly any effect: little can be learned.
 # (Vaswani et al. 2017, arXiv:1706.03762)
 #
-# What attention finds is added to x. It gains nothing yet, for a mean does not care
-# about order. The line marked with Step 3 will change that. (2.51)
+# What attention finds is added to x. On its own this gains nothing: it does not know
+# where things are. The line marked Step 3 will change that. (2.52)
 
 # %%
 head_size = n_embd // n_head  # called D in the shapes
-# The mask is added to the scores: 0 where a position may look, else minus infinity.
 mask = torch.full((block_size, block_size), -torch.inf, device=device).triu(1)  # (T, T)
 
 
@@ -295,18 +283,17 @@ class Head(nn.Module):
 
 # %% [markdown]
 # ## Step 3: positions
-# To attention, whatever fits, fits, near or far. So before a query meets a key, both
-# are turned by an angle that grows with their position. Take their numbers in pairs,
-# and think of each pair as a clock with one hand, which moves on by, say, 10 degrees
-# from each position to the next. A query at position 7 is turned by 70 degrees, and
-# a key at position 5 by 50. The product of the two depends on the angle between
-# their hands, and this has changed by 20 degrees, as it would have at positions 107
-# and 105: only the distance counts. Some clocks are fast, to tell near positions
-# apart, and some are slow, for far ones.
+# So far, attention ignores distance. So before a query meets a key, both are turned by
+# an angle that grows with their position. Take their numbers in pairs, and think of
+# each pair as a clock with one hand, which moves on by, say, 10 degrees from each
+# position to the next. A query at position 7 is turned by 70 degrees, and a key at
+# position 5 by 50. Their dot product depends on the angle between the hands, which has
+# changed by 20 degrees, as it would at positions 107 and 105: only the distance counts.
+# Some clocks are fast, to tell near positions apart, and some are slow, for far ones.
 #
-# So how can a head find the character just before? A linear layer can learn any
-# turn. Let it turn all queries back by 10 degrees. Then the query at position 7 points
-# to 60 degrees, just as the key at position 6 does, and these two fit best. This is
+# So how can a head find the character just before? Suppose it makes keys that all point
+# up, and queries that point 10 degrees back from that. Then the query at position 7
+# ends at 60 degrees, and so does the key at position 6: these two fit best. This is
 # learned once, and works everywhere in the text.
 #
 # How is a hand turned? Its tip is at (a, b). The hand (1, 0) turns to (cos, sin), and
@@ -316,8 +303,8 @@ class Head(nn.Module):
 # each position to the embedding instead, which takes longer to learn.) (2.33)
 
 # %%
-# From one position to the next, the fastest clock turns by 1 (in radians), and the
-# slowest one by 1/10000.
+# From one position to the next, the fastest clock turns by 1 (57 degrees), and the
+# slowest one by 1/10000, as is usual.
 speeds = 10000 ** -torch.linspace(0, 1, head_size // 2)      # (D/2,)
 angles = torch.arange(block_size)[:, None] * speeds          # (T, D/2)
 cos, sin = angles.cos().to(device), angles.sin().to(device)  # each (T, D/2)
@@ -357,9 +344,9 @@ class MultiHeadAttention(nn.Module):
 # Attention gathers. Then each position works out, by itself, what follows from what
 # it has. A linear layer looks for `4 * n_embd` patterns in the vector: each is a row
 # of parameters, and its product with the vector is large where the two fit, as with
-# query and key. ReLU sets the patterns that are not there to 0. A second linear layer
-# turns those that are there into conclusions. Without ReLU in between, two linear
-# layers could do no more than one. Most parameters of a GPT are here. (2.19)
+# query and key. ReLU sets negative numbers to 0: patterns that are not there. A second
+# linear layer turns those that are there into conclusions. Without ReLU in between, two
+# linear layers could do no more than one. Most parameters of a block are here. (2.19)
 
 # %%
 class FeedForward(nn.Module):
@@ -381,8 +368,8 @@ class FeedForward(nn.Module):
 # however many blocks there are.
 #
 # With every addition, the numbers in x can grow. So a *LayerNorm* stands before each
-# part: it shifts and scales each vector to mean 0 and variance 1, and what follows
-# always reads numbers of a steady size. (2.13)
+# part: it shifts and scales each vector to mean 0 and variance 1 (and then by learned
+# amounts), so that what follows reads numbers of a steady size. (2.13)
 
 # %%
 class Block(nn.Module):
@@ -404,7 +391,7 @@ class Block(nn.Module):
 # %% [markdown]
 # ## Step 7: depth
 # `n_layer` blocks in a row: what one has found, the next one can build on. The first
-# may put letters together to words, the second may look for the words before. (2.05)
+# may put letters together into words, the second may look for the words before. (2.05)
 #
 # A large model can learn a small text by heart. *Dropout* works against that: in
 # training it sets numbers to 0 at random, so that the model hardly ever sees a passage
@@ -471,8 +458,20 @@ def write(start, max_new_tokens, seed):
 
 
 # %% [markdown]
+# ## Extra: 16-bit numbers
+# Their products are faster, where the processor has units for them.
+
+# %%
+units = torch.cpu.get_capabilities()
+fast = bool(units.get("avx512_bf16") or units.get("amx_bf16"))
+if "cuda" in device:
+    fast = torch.cuda.is_bf16_supported(including_emulation=False)
+dtype = torch.bfloat16 if fast else torch.float32
+autocast = torch.autocast(device.split(":")[0], dtype, fast, cache_enabled=False)
+
+# %% [markdown]
 # ## Evaluation
-# The loss is always measured on the same pieces of text, one after the other, so
+# The loss is always measured on the same pieces of text, cut one after the other, so
 # that the same model always gets the same number.
 
 # %%
@@ -490,8 +489,8 @@ def estimate_loss(data):
 
 def evaluate(step):
     """Measure and print the losses after this step, and a short sample."""
-    train_loss = estimate_loss(train_data[:2**15])  # a part of it is enough
-    val_loss = estimate_loss(val_data[:2**18])      # all of it, if it is not huge
+    train_loss = estimate_loss(train_data[:2**15])  # a part is enough
+    val_loss = estimate_loss(val_data[:2**18])      # all, if it is not huge
     print(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
     if val_loss != val_loss:  # Extra
         parser.error("the loss is no longer a number; try lower learning rates")
@@ -501,8 +500,8 @@ def evaluate(step):
 
 # %% [markdown]
 # ## Training
-# One training step: take a batch, compute the loss, let backpropagation find out how
-# each parameter changes it, and move each parameter a little the other way.
+# One training step: compute the loss of a batch, find out how each parameter changes
+# it, and move each parameter a little the other way.
 
 # %%
 def train_step(inputs, targets):
@@ -520,9 +519,9 @@ def train_step(inputs, targets):
 
 # %% [markdown]
 # ## The plain GPT learns
-# This is a whole GPT. GPT-2 is built and trained like this, apart from its size, its
-# positions, and its tokens, which are pieces of words. Here are the first 100
-# training steps.
+# This is a whole GPT. GPT-2 is built like this, only much larger; it reads pieces of
+# words, adds learned positions, and has a smoother ReLU. Here are the first 100
+# training steps. (After 300, the loss is 2.05.)
 
 # %%
 if not load:  # Extra
@@ -533,16 +532,41 @@ if not load:  # Extra
     evaluate(100)
 
 # %% [markdown]
-# # Part two: what has been found since
-# The cells below write some of the classes anew, as one does in a notebook: from
-# here on, `Head` means the new one. The lines that are new are marked.
+# # Part two: what came later
+# As one does in a notebook, the cells below redefine classes: from here on, `Head` is
+# the new one, for `MultiHeadAttention` too. New lines are marked with their step.
 #
 # ## Step 8: normalised queries and keys
 # A score can be large because query and key fit, or just because one of them has
 # large numbers. A LayerNorm makes all of them equally long, so that only their
 # directions count. (Dehghani et al. 2023, arXiv:2302.05442, known as QK-norm) (2.00)
+#
+# ## Step 9: gates
+# Attention weights add up to 1, so a head hands something over even where nothing
+# fits. A *gate* lets it keep silent: one more linear layer computes factors, between
+# 0 and 2, by which what it found is multiplied. (After Qiu et al. 2025,
+# arXiv:2505.06708)
+#
+# Feed-forward gets a gate in place of ReLU: a pattern counts only together with
+# another one. `silu` is a smooth ReLU. (Shazeer 2020, arXiv:2002.05202, known as
+# SwiGLU) (1.90)
+#
+# ## Step 10: token shift
+# The characters just before matter most. So what attention and feed-forward read
+# contains them already: a quarter of each vector comes from the position before,
+# and a quarter from the one before that. Attention could find them too, but it would
+# have to learn how. (After Peng et al. 2023, arXiv:2305.13048) (1.68)
 
 # %%
+def shift(x):
+    """Give each position of x (B, T, C) a part of the two before it."""
+    T, C = x.shape[1:]
+    own, one_back, two_back = x.split([C // 2, C // 4, C // 4], dim=-1)
+    one_back = F.pad(one_back, (0, 0, 1, 0))[:, :T]  # shifted right by one, 0 comes in
+    two_back = F.pad(two_back, (0, 0, 2, 0))[:, :T]  # shifted right by two
+    return torch.cat([own, one_back, two_back], dim=-1)
+
+
 class Head(nn.Module):
     """One head of attention: (B, T, C) to (B, T, D)."""
 
@@ -567,25 +591,13 @@ class Head(nn.Module):
         return found * 2 * torch.sigmoid(self.gate(x))         # (B, T, D), Step 9
 
 
-# %% [markdown]
-# ## Step 9: gates
-# Attention weights add up to 1, so a head hands something over even where nothing
-# fits. A *gate* lets it keep silent: one more linear layer computes factors, between
-# 0 and 2 thanks to the sigmoid, by which what it found is multiplied, number by
-# number. (After Qiu et al. 2025, arXiv:2505.06708)
-#
-# Feed-forward gets a gate in place of ReLU: a pattern counts only together with
-# another one. `silu` is a smooth ReLU. (Shazeer 2020, arXiv:2002.05202, known as
-# SwiGLU) (1.90)
-
-# %%
 class FeedForward(nn.Module):
     """Patterns that count together, and what follows: (B, T, C) to (B, T, C)."""
 
     def __init__(self):
         super().__init__()
-        size = 8 * n_embd // 3  # instead of 4 * n_embd, for there are three layers
-        self.gate = nn.Linear(n_embd, size)
+        size = 8 * n_embd // 3  # instead of 4 * n_embd, because there are three layers
+        self.gate = nn.Linear(n_embd, size)                  # Step 9
         self.up = nn.Linear(n_embd, size)
         self.down = nn.Linear(size, n_embd)
 
@@ -595,45 +607,26 @@ class FeedForward(nn.Module):
 
 
 # %% [markdown]
-# ## Step 10: token shift
-# The characters just before matter most. So what attention and feed-forward read
-# contains them already: a quarter of each vector comes from the position before,
-# and a quarter from the one before that. Attention could find them too, but it would
-# have to learn how. (After Peng et al. 2023, arXiv:2305.13048) (1.68)
-
-# %%
-def shift(x):
-    """Give each position of x (B, T, C) a part of the two before it."""
-    T, C = x.shape[1:]
-    own, one_back, two_back = x.split([C // 2, C // 4, C // 4], dim=-1)
-    one_back = F.pad(one_back, (0, 0, 1, 0))[:, :T]  # one position on, 0 at the start
-    two_back = F.pad(two_back, (0, 0, 2, 0))[:, :T]  # two positions on
-    return torch.cat([own, one_back, two_back], dim=-1)
-
-
-# %% [markdown]
 # ## Step 11: Muon
-# The parameters of a linear layer are a matrix, and so are their gradients. All that a
-# matrix can do to a vector is to turn it, to stretch it along each axis by some
-# factor, and to turn it again. These factors are its *singular values*. In a gradient,
-# a few are large and most are small, though the small ones often stand for things
-# that are just as useful, only rarer. Muon makes them all about equal before it takes
-# its step. (Jordan 2024, kellerjordan.github.io/posts/muon)
+# The gradient of a matrix is a matrix too. All that a matrix can do to a vector is to
+# turn it, to stretch it along each axis by some factor, and to turn it again. These
+# factors are its *singular values*. In a gradient, a few are large and most are small,
+# though the small ones may stand for things that are just as useful, only rarer. Muon
+# makes them about equal. (Jordan 2024, kellerjordan.github.io/posts/muon)
 #
-# How? You may believe that it does, and go on. Take a number between 0.01 and 1, put
-# it into 3.4445 x - 4.7750 x^3 + 2.0315 x^5, put the result in again, and so on: from
-# 0.01 you get 0.03, 0.12, 0.40, 1.09, 0.70. Wherever you begin, you end between 0.7
-# and 1.1. Now let x be a matrix. In x @ x.T @ x its turns are the same, and each
-# singular value stands to the power of 3. So the same formula, with matrices, works
-# on all singular values at once.
+# How? Feel free to take it on trust and go on. Take a number between 0.01 and 1, put it
+# into 3.4445 x - 4.7750 x^3 + 2.0315 x^5, put the result in again, and so on: from 0.01
+# you get 0.03, 0.12, 0.40, 1.09, 0.70. Wherever you begin, you end between 0.7 and 1.1.
+# Now let x be a matrix. In x @ x.T @ x its turns are the same, and each singular value
+# is cubed. So the same formula, with matrices, works on all singular values at once.
 #
 # Muon moves the matrices in the blocks. All else is left to AdamW. (1.64)
 
 # %%
 def equalise(x):
-    """Bring the singular values of the matrices x (N, rows, columns) close to 1."""
+    """Bring the singular values of the matrices x (N, rows, columns) to about 1."""
     if x.shape[1] > x.shape[2]:
-        return equalise(x.mT).mT  # lying on its side, a tall matrix takes less time
+        return equalise(x.mT).mT  # transposing a tall matrix makes this cheaper
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # now none is above 1
     x = x.to(dtype)                                    # Extra
     for _ in range(5):
@@ -643,26 +636,25 @@ def equalise(x):
 
 
 class Muon(torch.optim.Optimizer):
-    """Moves matrices, by changes whose singular values are all close to 1."""
+    """Moves matrices, by changes whose singular values are all about 1."""
 
     @torch.no_grad()
     def step(self):
         lr = self.param_groups[0]["lr"]
         matrices = [m for m in self.param_groups[0]["params"] if m.grad is not None]
         for shape in {m.shape for m in matrices}:
-            group = [m for m in matrices if m.shape == shape]  # it is faster together
+            group = [m for m in matrices if m.shape == shape]  # faster as one stack
             gradients = torch.stack([m.grad for m in group])   # (N, rows, columns)
             mean = self.state[group[0]].setdefault("mean", torch.zeros_like(gradients))
             mean.lerp_(gradients, 1 - momentum)                # a running mean
-            changes = equalise(mean.lerp(gradients, 1 - momentum))  # the newest twice
+            changes = equalise(mean.lerp(gradients, 1 - momentum))
             for m, change in zip(group, changes):
                 m.mul_(1 - lr * weight_decay)
                 m.sub_(lr * max(1, shape[0] / shape[1]) ** 0.5 * change)
 
 
 # %% [markdown]
-# ## The model, made anew
-# It is made of the new pieces, and both optimizers are at work.
+# ## The new model
 
 # %%
 torch.manual_seed(seed)
@@ -686,10 +678,10 @@ def set_learning_rates(step):
 
 
 # %% [markdown]
-# ## Extra: keep the best model
-# Its file holds all that is needed to go on: the parameters, the optimizers, the step.
-# With another text, a kept model starts anew with the parameters it has, and learns
-# the new characters (*fine-tuning*). No other file is ever overwritten.
+# ## Extra: save the best model
+# Its file holds all that is needed to go on. With another text, a saved model starts
+# anew with its parameters, and learns the new characters (*fine-tuning*). No other
+# file is ever overwritten.
 
 # %%
 fingerprint = hashlib.sha256(text.encode()).hexdigest()
@@ -713,7 +705,7 @@ file = load if best["step"] and save == load else ""
 
 
 def keep(step):
-    """Keep this model if it is the best so far."""
+    """Save this model if it is the best so far."""
     global file
     if losses[step][1] < best["val_loss"]:
         best.update(copy.deepcopy({
@@ -728,7 +720,7 @@ def keep(step):
         while file.exists():
             number += 1
             file = Path(save).with_stem(f"{Path(save).stem}{number}")
-        print(f"the best model is kept as {file}")
+        print(f"the best model is saved as {file}")
     torch.save(best, f"{file}.part")
     os.replace(f"{file}.part", file)  # never a file that is only half written
 
@@ -736,15 +728,15 @@ def keep(step):
 # %% [markdown]
 # ## Extra: several processes, a GPU
 # Each process learns from its share of a batch, and all take the mean of their
-# gradients. A GPU computes a model of this size faster than Python can say what to
-# compute, so there the way through it and back is recorded once, and then replayed.
+# gradients. A GPU computes this model faster than Python can say what to compute, so
+# there the forward and backward pass is recorded once, and then replayed.
 
 # %%
 unwrapped = model
 if world > 1:
     torch.distributed.init_process_group()
     model = nn.parallel.DistributedDataParallel(model)
-elif device == "cuda" and first_step < max_iters:
+elif "cuda" in device and first_step < max_iters:
     torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     model.train()
     with autocast:
@@ -752,12 +744,11 @@ elif device == "cuda" and first_step < max_iters:
 
 # %% [markdown]
 # ## The run
-# The training, with a look at the losses and a sample now and then. Ctrl-C ends it
-# early.
+# Ctrl-C ends it early.
 
 # %%
 def show_progress(step, loss):
-    """Print now and then how far the training is, and how long it will take."""
+    """Print now and then how far training has got, and how long it will take."""
     if step == first_step + 10 or step % 100 == 0:
         minutes = (time.time() - began) / (step - first_step) / 60  # for one step
         print(f"step {step} of {max_iters}: loss {loss:.3f}, "
@@ -781,7 +772,7 @@ try:
             keep(step)  # Extra
 except KeyboardInterrupt:  # Extra
     print(f"\nstopped; --load={file} goes on from step {best['step']}" if file else
-          "\nstopped before the first evaluation, so nothing is kept")
+          "\nstopped before the first evaluation, so nothing is saved")
 
 # %% [markdown]
 # ## The sample
@@ -814,7 +805,6 @@ try:
         for axis, head in zip(axes[1:], unwrapped.blocks[-1].attention.heads):
             axis.imshow(head.weights[0].cpu())
             axis.set_xticks(range(len(line)), decode(line))
-            axis.set_yticks(range(len(line)), decode(line))
         figure.savefig(f"{file}.png")
 except Exception as error:
     print(f"no picture: {error}")

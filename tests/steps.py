@@ -157,6 +157,43 @@ def measure(jobs):
                             for name, source in part if str(seed) not in kept.get(name, {})]))
 
 
+def told(losses):
+    """Return the mean of the losses of some seeds as it is told, or nothing if there are none."""
+    return f"{sum(losses.values()) / len(losses):.2f}" if losses else ""
+
+
+def table():
+    """Return the table of all steps, and the chart, in Markdown."""
+    kept, made = json.loads(LOSSES.read_text()), list(scripts().items())
+    rows = ["| step | lines of code | loss with it | the whole without it |", "|---|---|---|---|",
+            f"| 0 [a table](bigram.py) | | {told(kept['bigram'])} | |"]
+    for path, (_, old), (_, new) in zip(patches()[:-1], made, made[1:]):
+        title, name = path.read_text("utf-8").split("\n")[0][5:].replace(":", "", 1), path.stem[3:]
+        rows.append(f"| [{title}](tests/steps/{path.name}) | {added(old, new)} "
+                    f"| {told(kept[name])} | {told(kept.get(f'without {name}', {}))} |")
+    losses = [told(kept[name[3:-3].replace("_", "-")]) for name, _ in made if name[0].isdigit()
+              and name[3:-3].replace("_", "-") in kept]
+    chart = ["", "```mermaid", "xychart-beta",
+             '    title "validation loss after 300 training steps"',
+             f"    x-axis \"step\" [{', '.join(map(str, range(len(losses))))}]",
+             '    y-axis "loss" 1.4 --> 2.6', f"    line [{', '.join(losses)}]", "```"]
+    return "\n".join(rows + chart)
+
+
+def readme():
+    """Write the losses into the README and into the messages of the patches."""
+    kept, path = json.loads(LOSSES.read_text()), ROOT / "README.md"
+    before = "bigram"
+    for patch in patches()[:-1]:
+        name = patch.stem[3:]
+        line = f"Loss: {told(kept[before])} before, {told(kept[name])} after."
+        patch.write_text(re.sub(r"(?m)^Loss: .*", line, patch.read_text("utf-8"), count=1), "utf-8")
+        before = name
+    text = re.sub(r"(?s)(<!-- steps -->\n).*(<!-- end -->)", rf"\1{table()}\n\2",
+                  path.read_text(encoding="utf-8"))
+    path.write_text(text, encoding="utf-8")
+
+
 def main():
     """Do what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -177,6 +214,8 @@ def main():
         print(patches()[args.show - 1].read_text(encoding="utf-8"), end="")
     if args.measure:
         measure(args.jobs)
+    if args.readme:
+        readme()
 
 
 if __name__ == "__main__":
