@@ -31,7 +31,7 @@ eval_interval = 100      # how many steps between evaluations?
 learning_rate = 0.05     # how far does a training step move the parameters?
 max_new_tokens = 500     # how many characters should it write?
 temperature = 0.8        # below 1 keeps to the likely, above 1 takes more risks
-seed = 1337              # of the random numbers: the same seed, the same run
+seed = 1337              # of random numbers: the same seed gives the same run
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
 # %% [markdown]
@@ -51,13 +51,13 @@ try:
         Path(text_file).write_bytes(reply.content)
     text = Path(text_file).read_text(encoding="utf-8")
 except (OSError, UnicodeError) as error:
-    print(f"no text in UTF-8 at {text_file} ({error}); put one there", file=sys.stderr)
+    print(f"no UTF-8 text at {text_file} ({error}); put one there", file=sys.stderr)
     sys.exit(2)
 
 # %% [markdown]
 # ## The vocabulary
-# A model computes with numbers, so each distinct character gets one, its *id*. What a
-# model reads and writes are *tokens*: here characters, in large models pieces of words.
+# A model computes with numbers, so each distinct character gets one, its *id*. The
+# units it reads and writes are *tokens*: here characters, elsewhere pieces of words.
 
 # %%
 chars = sorted(set(text))
@@ -123,7 +123,7 @@ for t in range(4):
 #
 # The *loss* is -ln(probability of the character that really came next), averaged
 # over all positions. Guessing blindly among 63 characters gives ln(63) = 4.14. With
-# a loss of 1.4, the model is as unsure as if it had to choose among exp(1.4) = 4.
+# a loss of 1.4, it is as unsure as if it had to choose among exp(1.4) = 4 characters.
 #
 # To train a model is to make its loss small by adjusting its *parameters*, the
 # numbers in it that are learned. The *gradient* of a parameter tells how fast the
@@ -190,8 +190,8 @@ def write(start, max_new_tokens, seed):
 
 # %% [markdown]
 # ## Evaluation
-# The loss is always measured on the same pieces of text, cut one after the other, so
-# that the same model always gets the same number.
+# The loss is always measured on the same pieces of text, so that the same model always
+# gets the same number.
 
 # %%
 @torch.inference_mode()
@@ -220,7 +220,7 @@ def evaluate(step):
 
 # %%
 def train_step(inputs, targets):
-    """Adjust all parameters once by this batch, (B, T) each; return its loss."""
+    """Update all parameters once, using this batch, (B, T) each; return its loss."""
     logits, loss = model(inputs, targets)
     model.zero_grad()                          # forget the gradients of the step before
     loss.backward()                            # find the gradients of the loss

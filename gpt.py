@@ -1,10 +1,10 @@
 """gpt.py: a GPT that learns to write like Shakespeare, one character at a time.
 
-    python gpt.py                 trains for some minutes, then writes
-    python gpt.py --load=gpt.pt   writes with the model that was saved
+    python gpt.py                 trains for a few minutes, then writes
+    python gpt.py --load=gpt.pt   writes with the saved model
 
-Part one builds a GPT like GPT-2, only smaller. Part two adds what came later. Each step
-is one idea on the way from bigram.py, the script beside this one. Skip what says Extra.
+Part one is a small GPT, complete. Part two improves it. Each step is one idea on the
+way from bigram.py, the script beside this one. Skip anything marked Extra.
 
 Shapes in comments: B batch_size, T time, C n_embd, D head_size, V vocab_size.
 """
@@ -45,7 +45,7 @@ prompt = ""              # text for the model to continue
 samples = 1              # how many continuations?
 max_new_tokens = 500     # how many characters should it write?
 temperature = 0.8        # below 1 keeps to the likely, above 1 takes more risks
-seed = 1337              # of the random numbers: the same seed, the same run
+seed = 1337              # of random numbers: the same seed gives the same run
 save = "gpt.pt"          # where to save the best model
 load = ""                # which saved model to start from
 device = f"cuda:{os.getenv('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
@@ -54,7 +54,7 @@ gpu_numbers = dict(batch_size=16, max_iters=1000, eval_interval=250, n_embd=384,
 
 # %% [markdown]
 # ## Extra: options
-# All of these become options. They override what a saved model brings along.
+# All of these become options. They override the numbers stored in a saved model.
 
 # %%
 parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
@@ -90,33 +90,16 @@ try:
         Path(text_file).write_bytes(reply.content)
     text = Path(text_file).read_text(encoding="utf-8")
 except (OSError, UnicodeError) as error:
-    parser.error(f"no text in UTF-8 at {text_file} ({error}); put one there")
-
-# %% [markdown]
-# ## Extra: checks, and several processes
-# Of several processes (torchrun), only the first one prints.
-
-# %%
-if min(batch_size, block_size, eval_interval, n_embd, n_head, n_layer) < 1:
+    parser.error(f"no UTF-8 text at {text_file} ({error}); put one there")
+if min(batch_size, block_size, eval_interval, n_embd, n_head, n_layer) < 1:  # Extra
     parser.error("sizes should be at least 1")
-if n_embd % (4 * n_head):
-    parser.error(f"{n_embd=} should be a multiple of 4 * {n_head=}")
-if save and not os.access(Path(save).parent, os.W_OK):
-    parser.error(f"{save=} is not in a writable folder")
-for name in ("block_size", "n_embd", "n_head", "n_layer") if load else ():
-    if options[name] != checkpoint["options"][name]:
-        parser.error(f"{load} was made with {name}={checkpoint['options'][name]}")
-
-world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-if batch_size % world:
-    parser.error(f"{batch_size=} should be a multiple of the {world} processes")
-if rank > 0:
+if os.getenv("RANK", "0") != "0":  # Extra: of several processes, only the first prints
     sys.stdout = open(os.devnull, "w")
 
 # %% [markdown]
 # ## The vocabulary
-# A model computes with numbers, so each distinct character gets one, its *id*. What a
-# model reads and writes are *tokens*: here characters, in large models pieces of words.
+# A model computes with numbers, so each distinct character gets one, its *id*. The
+# units it reads and writes are *tokens*: here characters, elsewhere pieces of words.
 
 # %%
 chars = sorted(set(text))
@@ -188,7 +171,7 @@ for t in range(4):
 #
 # The *loss* is -ln(probability of the character that really came next), averaged
 # over all positions. Guessing blindly among 63 characters gives ln(63) = 4.14. With
-# a loss of 1.4, the model is as unsure as if it had to choose among exp(1.4) = 4.
+# a loss of 1.4, it is as unsure as if it had to choose among exp(1.4) = 4 characters.
 #
 # To train a model is to make its loss small by adjusting its *parameters*, the
 # numbers in it that are learned. The *gradient* of a parameter tells how fast the
@@ -202,15 +185,16 @@ for t in range(4):
 #
 # - 2.50 (bigram.py): `Athtimacowin muphe hirkend y t dinsp me comurar andil`
 # - 2.05 (part one): `Enw me' mme him ake you din prow come a pand afthe`
-# - 1.38 (all, 1,500 steps): `But, may win my master and your best`
+# - 1.37 (gpt.py, 1,500 steps): `But, may win my master and your best`
 #
 # ## Step 1: embedding
 # The simplest model is a table with a row for each character: the logits of all that
-# may come after it. That is bigram.py. But a table knows characters by name only. What
-# it learns about `a` tells it nothing about `e`. So we give each character a vector of
-# `n_embd` numbers, its *embedding*, which is learned: characters that behave alike can
-# become alike. A linear layer, `lm_head`, turns a vector into logits. This knows no
-# more than the table, but now there are vectors, to which more can be added. (2.51)
+# may come after it. That is bigram.py. But what a table learns about `a` tells it
+# nothing about `e`. So we give each character a vector of `n_embd` numbers, its
+# *embedding*, which is learned: characters that behave alike can become alike. A linear
+# layer, `lm_head`, turns a vector into logits. (Both are in the class `GPT`, after
+# Step 7.) This knows no more than the table, but now there are vectors, to which more
+# can be added. (2.51)
 
 # %% [markdown]
 # ## Step 2: attention
@@ -227,17 +211,16 @@ means = equal_weights @ torch.tensor([2.0, 4.0, 6.0, 8.0])
 print(f"{equal_weights}\nmeans of 2, 4, 6, 8 so far: {means.tolist()}")
 
 # %% [markdown]
-# In a plain mean all characters count alike, whether they tell much or little.
-# *Attention* is a mean as well, but the model computes the weights for itself, anew
-# for each text. With three linear layers, each position makes three vectors of D
-# numbers from its vector x:
+# In a plain mean all characters count alike, however little they tell. *Attention* is
+# a mean as well, but the model computes the weights for itself, anew for each text.
+# With three linear layers, each position makes three vectors of D numbers from its x:
 #
 # - the **query** says what this position is looking for,
 # - the **key** says what it has to offer to others,
 # - the **value** is what it hands over to them.
 #
-# For example, the query of the `e` in `Rome` may ask: where are the capital letters?
-# The key of the `R` says: I am one. Its value says: I am an R.
+# The query of the `e` in `Rome` may ask: where are the capital letters? The key of the
+# `R` says: I am one. Its value says: I am an R.
 #
 # The dot product of a query and a key (multiply number by number, then add up) is their
 # *score*: the better the two fit, the larger it is. Softmax turns the scores of a
@@ -291,20 +274,20 @@ class Head(nn.Module):
 # changed by 20 degrees, as it would at positions 107 and 105: only the distance counts.
 # Some clocks are fast, to tell near positions apart, and some are slow, for far ones.
 #
-# So how can a head find the character just before? Suppose it makes keys that all point
-# up, and queries that point 10 degrees back from that. Then the query at position 7
-# ends at 60 degrees, and so does the key at position 6: these two fit best. This is
-# learned once, and works everywhere in the text.
+# How can a head find the character just before? Suppose all its keys point up, and its
+# queries point 10 degrees back from that. Then the query at position 7 ends at 60
+# degrees, and so does the key at position 6: these two fit best. This is learned once,
+# and works everywhere in the text.
 #
 # How is a hand turned? Its tip is at (a, b). The hand (1, 0) turns to (cos, sin), and
 # (0, 1) to (-sin, cos), so (a, b) turns to a times the one plus b times the other.
 #
 # (Su et al. 2021, arXiv:2104.09864, known as RoPE. GPT-2 adds a learned vector for
-# each position to the embedding instead, which takes longer to learn.) (2.33)
+# each position to the embedding, which takes longer to learn.) (2.33)
 
 # %%
-# From one position to the next, the fastest clock turns by 1 (57 degrees), and the
-# slowest one by 1/10000, as is usual.
+# From one position to the next, the fastest clock turns by 1 radian (57 degrees), and
+# the slowest one by 1/10000, as is usual.
 speeds = 10000 ** -torch.linspace(0, 1, head_size // 2)      # (D/2,)
 angles = torch.arange(block_size)[:, None] * speeds          # (T, D/2)
 cos, sin = angles.cos().to(device), angles.sin().to(device)  # each (T, D/2)
@@ -323,7 +306,7 @@ def rotate(x):
 # ## Step 4: several heads
 # One head has one set of weights, so it looks for one thing at a time. Several heads
 # look for several things at once, each with vectors of D = C / `n_head` numbers. Side
-# by side, what they found is C numbers again. A linear layer, `proj`, mixes it. (2.26)
+# by side, their outputs are C numbers again. A linear layer, `proj`, mixes them. (2.26)
 
 # %%
 class MultiHeadAttention(nn.Module):
@@ -341,12 +324,12 @@ class MultiHeadAttention(nn.Module):
 
 # %% [markdown]
 # ## Step 5: feed-forward
-# Attention gathers. Then each position works out, by itself, what follows from what
-# it has. A linear layer looks for `4 * n_embd` patterns in the vector: each is a row
-# of parameters, and its product with the vector is large where the two fit, as with
-# query and key. ReLU sets negative numbers to 0: patterns that are not there. A second
-# linear layer turns those that are there into conclusions. Without ReLU in between, two
-# linear layers could do no more than one. Most parameters of a block are here. (2.19)
+# Attention gathers. Then each position draws its own conclusions. A linear layer looks
+# for `4 * n_embd` patterns in the vector: each is a row of parameters, and its dot
+# product with the vector is large where the two fit, as with query and key. ReLU sets
+# negative numbers to 0: that pattern is absent. A second linear layer turns the
+# patterns that are there into conclusions. Without ReLU in between, two linear layers
+# could do no more than one. (2.19)
 
 # %%
 class FeedForward(nn.Module):
@@ -363,9 +346,9 @@ class FeedForward(nn.Module):
 
 # %% [markdown]
 # ## Step 6: the block
-# A block *adds* what it has found to x: a *residual connection*. So what x already
-# knows is not lost, and in training, gradients pass back through the sum unchanged,
-# however many blocks there are.
+# A block is attention, then feed-forward. Each *adds* what it has found to x (a
+# *residual connection*), so that what x knows is not lost. In training, gradients pass
+# back through the sum unchanged, however many blocks there are.
 #
 # With every addition, the numbers in x can grow. So a *LayerNorm* stands before each
 # part: it shifts and scales each vector to mean 0 and variance 1 (and then by learned
@@ -458,12 +441,22 @@ def write(start, max_new_tokens, seed):
 
 
 # %% [markdown]
-# ## Extra: 16-bit numbers
-# Their products are faster, where the processor has units for them.
+# ## Extra: checks, several processes, 16-bit numbers
+# Multiplying 16-bit numbers is faster on processors that have units for them.
 
 # %%
-units = torch.cpu.get_capabilities()
-fast = bool(units.get("avx512_bf16") or units.get("amx_bf16"))
+if n_embd % (4 * n_head):
+    parser.error(f"{n_embd=} should be a multiple of 4 * {n_head=}")
+if save and not os.access(Path(save).parent, os.W_OK):
+    parser.error(f"{save=} is not in a writable folder")
+for name in ("block_size", "n_embd", "n_head", "n_layer") if load else ():
+    if options[name] != checkpoint["options"][name]:
+        parser.error(f"{load} was made with {name}={checkpoint['options'][name]}")
+world, rank = int(os.getenv("WORLD_SIZE", 1)), int(os.getenv("RANK", 0))
+if batch_size % world:
+    parser.error(f"{batch_size=} should be a multiple of the {world} processes")
+
+fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 if "cuda" in device:
     fast = torch.cuda.is_bf16_supported(including_emulation=False)
 dtype = torch.bfloat16 if fast else torch.float32
@@ -471,8 +464,8 @@ autocast = torch.autocast(device.split(":")[0], dtype, fast, cache_enabled=False
 
 # %% [markdown]
 # ## Evaluation
-# The loss is always measured on the same pieces of text, cut one after the other, so
-# that the same model always gets the same number.
+# The loss is always measured on the same pieces of text, so that the same model always
+# gets the same number.
 
 # %%
 @torch.inference_mode()
@@ -505,7 +498,7 @@ def evaluate(step):
 
 # %%
 def train_step(inputs, targets):
-    """Adjust all parameters once by this batch, (B, T) each; return its loss."""
+    """Update all parameters once, using this batch, (B, T) each; return its loss."""
     model.train()                              # with dropout
     with autocast:                             # Extra
         logits, loss = model(inputs, targets)
@@ -519,8 +512,8 @@ def train_step(inputs, targets):
 
 # %% [markdown]
 # ## The plain GPT learns
-# This is a whole GPT. GPT-2 is built like this, only much larger; it reads pieces of
-# words, adds learned positions, and has a smoother ReLU. Here are the first 100
+# This is a whole GPT. GPT-2 is much larger, reads pieces of words, adds learned
+# positions, and has a smoother ReLU; all else is the same. Here are the first 100
 # training steps. (After 300, the loss is 2.05.)
 
 # %%
@@ -532,18 +525,18 @@ if not load:  # Extra
     evaluate(100)
 
 # %% [markdown]
-# # Part two: what came later
-# As one does in a notebook, the cells below redefine classes: from here on, `Head` is
-# the new one, for `MultiHeadAttention` too. New lines are marked with their step.
+# # Part two: improvements
+# As is common in notebooks, the cells below redefine classes: from here on, `Head` is
+# the new one, also for `MultiHeadAttention`. New lines are marked with their step.
 #
 # ## Step 8: normalised queries and keys
 # A score can be large because query and key fit, or just because one of them has
-# large numbers. A LayerNorm makes all of them equally long, so that only their
-# directions count. (Dehghani et al. 2023, arXiv:2302.05442, known as QK-norm) (2.00)
+# large numbers. A LayerNorm gives all the same length, so that only their directions
+# count. (Dehghani et al. 2023, arXiv:2302.05442, known as QK-norm) (2.00)
 #
 # ## Step 9: gates
 # Attention weights add up to 1, so a head hands something over even where nothing
-# fits. A *gate* lets it keep silent: one more linear layer computes factors, between
+# fits. A *gate* lets it stay silent: one more linear layer computes factors, between
 # 0 and 2, by which what it found is multiplied. (After Qiu et al. 2025,
 # arXiv:2505.06708)
 #
@@ -614,13 +607,13 @@ class FeedForward(nn.Module):
 # though the small ones may stand for things that are just as useful, only rarer. Muon
 # makes them about equal. (Jordan 2024, kellerjordan.github.io/posts/muon)
 #
-# How? Feel free to take it on trust and go on. Take a number between 0.01 and 1, put it
-# into 3.4445 x - 4.7750 x^3 + 2.0315 x^5, put the result in again, and so on: from 0.01
-# you get 0.03, 0.12, 0.40, 1.09, 0.70. Wherever you begin, you end between 0.7 and 1.1.
-# Now let x be a matrix. In x @ x.T @ x its turns are the same, and each singular value
-# is cubed. So the same formula, with matrices, works on all singular values at once.
+# How? Feel free to take it on trust and move on. Take a number between 0.01 and 1, put
+# it into 3.4445 x - 4.7750 x^3 + 2.0315 x^5, put the result in again, and so on: from
+# 0.01 you get 0.03, 0.12, 0.40, 1.09, 0.70. Wherever you begin, you end between 0.7
+# and 1.1. Now let x be a matrix. In x @ x.T @ x its turns are the same, and each
+# singular value is cubed. So the same formula, with matrices, works on all of them.
 #
-# Muon moves the matrices in the blocks. All else is left to AdamW. (1.64)
+# Muon moves the matrices in the blocks. AdamW moves everything else. (1.64)
 
 # %%
 def equalise(x):
@@ -647,10 +640,11 @@ class Muon(torch.optim.Optimizer):
             gradients = torch.stack([m.grad for m in group])   # (N, rows, columns)
             mean = self.state[group[0]].setdefault("mean", torch.zeros_like(gradients))
             mean.lerp_(gradients, 1 - momentum)                # a running mean
-            changes = equalise(mean.lerp(gradients, 1 - momentum))
-            for m, change in zip(group, changes):
+            newest = mean.lerp(gradients, 1 - momentum)        # Nesterov's momentum
+            size = lr * max(1, shape[0] / shape[1]) ** 0.5     # more for tall matrices
+            for m, change in zip(group, equalise(newest)):
                 m.mul_(1 - lr * weight_decay)
-                m.sub_(lr * max(1, shape[0] / shape[1]) ** 0.5 * change)
+                m.sub_(size * change)
 
 
 # %% [markdown]
@@ -666,8 +660,8 @@ optimizers = [torch.optim.AdamW(others, lr=learning_rate), muon]
 
 # %% [markdown]
 # ## Step 12: learning-rate schedule
-# Long strides first, then shorter and shorter ones. Near the goal, long strides
-# would only step over it, back and forth. (1.56)
+# Long strides first, then shorter and shorter ones. Near the goal, long strides would
+# only step over it, back and forth. (1.56)
 
 # %%
 def set_learning_rates(step):
@@ -679,9 +673,9 @@ def set_learning_rates(step):
 
 # %% [markdown]
 # ## Extra: save the best model
-# Its file holds all that is needed to go on. With another text, a saved model starts
-# anew with its parameters, and learns the new characters (*fine-tuning*). No other
-# file is ever overwritten.
+# Its file holds all that is needed to go on. With another text, a new run starts from
+# its parameters, and learns the new characters (*fine-tuning*). No other file is ever
+# overwritten.
 
 # %%
 fingerprint = hashlib.sha256(text.encode()).hexdigest()
@@ -697,7 +691,7 @@ if load:
         for optimizer, state in zip(optimizers, best["optimizers"]):
             optimizer.load_state_dict(state)
     elif checkpoint["options"]["text_file"] == text_file:
-        parser.error(f"{load} has learned another {text_file}; rename this one")
+        parser.error(f"{load} was trained on a different {text_file}; rename this one")
 losses, first_step = best["losses"], best["step"]  # {step: (training, validation)}
 if max(losses, default=0) >= max_iters:
     first_step = max_iters
@@ -772,7 +766,7 @@ try:
             keep(step)  # Extra
 except KeyboardInterrupt:  # Extra
     print(f"\nstopped; --load={file} goes on from step {best['step']}" if file else
-          "\nstopped before the first evaluation, so nothing is saved")
+          "\nstopped; nothing is saved")
 
 # %% [markdown]
 # ## The sample
@@ -789,8 +783,7 @@ for i in range(samples):
 
 # %% [markdown]
 # ## Extra: a picture
-# Where matplotlib is installed: how the loss fell, and where each head of the last
-# block looks (rows look at columns).
+# If matplotlib is installed: the losses, and where the heads of the last block look.
 
 # %%
 try:

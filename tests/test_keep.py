@@ -161,7 +161,7 @@ def test_another_text_of_the_same_name_is_not_gone_on_with(whole, tmp_path):
     for more in ([], ["--max_iters=30"]):
         done = play("gpt.py", tmp_path, "--load=gpt.pt", *more, tiny=False)
         assert done.status == 2 and files(tmp_path) == before
-        assert re.fullmatch(r"gpt.py: error: .*gpt.pt.*another input.txt.*\n", done.err)
+        assert re.fullmatch(r"gpt.py: error: .*gpt.pt.*a different input.txt.*\n", done.err)
 
 
 def test_the_text_of_a_checkpoint_is_remembered(tmp_path):
