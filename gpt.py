@@ -62,7 +62,7 @@ for name, value in list(globals().items()):
     if type(value) in (int, float, str) and name[0] != "_":
         parser.add_argument(f"--{name}", type=type(value), default=value,
                             help="(default: %(default)s)")
-words = [] if "ipykernel" in sys.modules else sys.argv[1:]  # a notebook has none
+words = sys.argv[1:] if "ipykernel" not in sys.modules else []  # yours, in a notebook
 options = parser.parse_args(words)
 if "cuda" in options.device:
     parser.set_defaults(**gpu_numbers)
@@ -192,9 +192,9 @@ for t in range(4):
 # may come after it. That is bigram.py. But what a table learns about `a` tells it
 # nothing about `e`. So we give each character a vector of `n_embd` numbers, its
 # *embedding*, which is learned: characters that behave alike can become alike. A linear
-# layer, `lm_head`, turns a vector into logits. (Both are in the class `GPT`, after
-# Step 7.) This knows no more than the table, but now there are vectors, to which more
-# can be added. (2.51)
+# layer, `lm_head`, turns a vector into logits. This knows no more than the table, but
+# now there are vectors, to which more can be added. (For the code, see `GPT`, below.)
+# (2.51)
 
 # %% [markdown]
 # ## Step 2: attention
@@ -377,8 +377,8 @@ class Block(nn.Module):
 # may put letters together into words, the second may look for the words before. (2.05)
 #
 # A large model can learn a small text by heart. *Dropout* works against that: in
-# training it sets numbers to 0 at random, so that the model hardly ever sees a passage
-# the same way twice. `model.train()` switches it on, `model.eval()` off.
+# training it sets numbers in the embeddings to 0 at random, so that the model hardly
+# ever sees a passage the same way twice. `model.train()` switches it on.
 
 # %%
 class GPT(nn.Module):
@@ -512,8 +512,8 @@ def train_step(inputs, targets):
 
 # %% [markdown]
 # ## The plain GPT learns
-# This is a whole GPT. GPT-2 is much larger, reads pieces of words, adds learned
-# positions, and has a smoother ReLU; all else is the same. Here are the first 100
+# This is a whole GPT. GPT-2 is built like this, but much larger: it reads pieces of
+# words, adds learned positions, and has a smoother ReLU. Here are the first 100
 # training steps. (After 300, the loss is 2.05.)
 
 # %%
@@ -607,11 +607,11 @@ class FeedForward(nn.Module):
 # though the small ones may stand for things that are just as useful, only rarer. Muon
 # makes them about equal. (Jordan 2024, kellerjordan.github.io/posts/muon)
 #
-# How? Feel free to take it on trust and move on. Take a number between 0.01 and 1, put
-# it into 3.4445 x - 4.7750 x^3 + 2.0315 x^5, put the result in again, and so on: from
-# 0.01 you get 0.03, 0.12, 0.40, 1.09, 0.70. Wherever you begin, you end between 0.7
-# and 1.1. Now let x be a matrix. In x @ x.T @ x its turns are the same, and each
-# singular value is cubed. So the same formula, with matrices, works on all of them.
+# How? Feel free to take it on trust. Take a number between 0.01 and 1, put it into
+# 3.4445 x - 4.7750 x^3 + 2.0315 x^5, put the result in again, and so on: from 0.01 you
+# get 0.03, 0.12, 0.40, 1.09, 0.70. Wherever you begin, you end between 0.7 and 1.1.
+# Now let x be a matrix. In x @ x.T @ x its turns are the same, and each singular value
+# is cubed. So the same formula, with matrices, works on all of them.
 #
 # Muon moves the matrices in the blocks. AdamW moves everything else. (1.64)
 
@@ -686,15 +686,15 @@ if load:
         new_rows = model.state_dict()[name][len(parameters[name]):].cpu()
         parameters[name] = torch.cat([parameters[name], new_rows])
     model.load_state_dict(parameters)
-    if checkpoint["fingerprint"] == fingerprint:
+    if checkpoint["options"]["text_file"] == text_file:
         best = checkpoint
         for optimizer, state in zip(optimizers, best["optimizers"]):
-            optimizer.load_state_dict(state)
-    elif checkpoint["options"]["text_file"] == text_file:
-        parser.error(f"{load} was trained on a different {text_file}; rename this one")
+            optimizer.load_state_dict(copy.deepcopy(state))
 losses, first_step = best["losses"], best["step"]  # {step: (training, validation)}
 if max(losses, default=0) >= max_iters:
-    first_step = max_iters
+    first_step = max_iters  # finished: it only writes
+elif first_step and best["fingerprint"] != fingerprint:
+    parser.error(f"{load} was trained on a different {text_file}; rename this one")
 file = load if best["step"] and save == load else ""
 
 
@@ -705,8 +705,9 @@ def keep(step):
         best.update(copy.deepcopy({
             "model": unwrapped.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "step": step, "val_loss": losses[step][1], "options": options,
-            "chars": chars, "fingerprint": fingerprint}))
+            "step": step, "val_loss": losses[step][1], "chars": chars,
+            "fingerprint": fingerprint}))
+    best["options"] = options
     if not save or rank > 0:
         return
     if not file:  # the first name that no other file has

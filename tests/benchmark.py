@@ -36,7 +36,8 @@ def machine():
     models = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
     name = (torch.cuda.get_device_name() if torch.cuda.is_available()
             else (models or [platform.processor()])[0])
-    return f"{name}, {os.environ.get('OMP_NUM_THREADS', os.cpu_count())} cores, torch {torch.__version__}"
+    cores = os.environ.get("OMP_NUM_THREADS", os.cpu_count())
+    return f"{name}, {cores} cores, torch {torch.__version__}"
 
 
 def run(*options):
@@ -74,7 +75,7 @@ def main():
     print(machine(), "\n")
     if args.model:
         loss, measured, unknown = loss_on(args.model, args.text)
-        print(f"{args.model} on {args.text}: {loss:.4f} ({measured:,} characters; {unknown} unknown)")
+        print(f"{args.model}, {args.text}: {loss:.4f} ({measured:,} characters, {unknown} unknown)")
         return
     print("| seed | val loss | seconds | rival, seconds |\n|---|---|---|---|")
     losses = []

@@ -90,7 +90,8 @@ def diff(old, new, names):
 
 def save(folder):
     """Make all patches anew from the scripts in folder, with the messages that they have."""
-    made = {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py"))}
+    paths = [*sorted(folder.glob("[0-9]*.py")), *sorted(folder.glob("further_*.py"))]
+    made = {path.name: path.read_text(encoding="utf-8") for path in paths}
     names = list(made)
     for before, name in zip(names, names[1:]):
         path = FOLDER / f"{name[:-3].replace('_', '-')}.patch"
@@ -199,7 +200,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--write", metavar="FOLDER", type=Path)
     parser.add_argument("--save", metavar="FOLDER", type=Path)
-    parser.add_argument("--show", metavar="N", type=int)
+    parser.add_argument("--show", metavar="N", type=int, choices=range(1, len(patches()) + 1))
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--readme", action="store_true")
     parser.add_argument("--jobs", type=int, default=1, help="how many trainings at once")

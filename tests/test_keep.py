@@ -71,6 +71,18 @@ def test_ctrl_c_before_the_first_evaluation_says_that_nothing_is_kept(tmp_path):
         "input.txt"}
 
 
+def test_a_longer_run_that_was_interrupted_goes_on(whole, tmp_path):
+    """Also if it has not been better than before it was made longer."""
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    long = ["--load=gpt.pt", "--max_iters=60", "--eval_interval=10", "--learning_rate=1.0",
+            "--muon_lr=5.0"]
+    stopped = play("gpt.py", tmp_path, *long, tiny=False, stop=press("step 50: "))
+    assert "goes on from step 20" in stopped.out and stopped.losses[30] > stopped.losses[20]
+    done = play("gpt.py", tmp_path, "--load=gpt.pt", tiny=False)
+    assert done.losses.keys() == {20, 30, 40, 50, 60}
+    assert done.losses[40] == stopped.losses[40]
+
+
 def test_the_best_model_is_kept_and_a_run_that_got_worse_is_finished(tmp_path):
     (tmp_path / "input.txt").write_text(TEXT[:1000], encoding="utf-8")
     done = play("gpt.py", tmp_path, max_iters=60, batch_size=32, learning_rate=0.02, muon_lr=0.1)
@@ -155,13 +167,15 @@ def test_fine_tuning_keeps_its_source_and_learns_new_characters(whole, tmp_path,
 
 
 def test_another_text_of_the_same_name_is_not_gone_on_with(whole, tmp_path):
+    """But a finished model still writes."""
     shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
-    (tmp_path / "input.txt").write_text(OTHER, encoding="utf-8")
+    (tmp_path / "input.txt").write_text(TEXT[1000:19000], encoding="utf-8")
     before = files(tmp_path)
-    for more in ([], ["--max_iters=30"]):
-        done = play("gpt.py", tmp_path, "--load=gpt.pt", *more, tiny=False)
-        assert done.status == 2 and files(tmp_path) == before
-        assert re.fullmatch(r"gpt.py: error: .*gpt.pt.*a different input.txt.*\n", done.err)
+    done = play("gpt.py", tmp_path, "--load=gpt.pt", "--max_iters=30", tiny=False)
+    assert done.status == 2 and files(tmp_path) == before
+    assert re.fullmatch(r"gpt.py: error: .*gpt.pt.*a different input.txt.*\n", done.err)
+    done = play("gpt.py", tmp_path, "--load=gpt.pt", tiny=False)
+    assert done.sample == whole[1].sample and files(tmp_path) == before
 
 
 def test_the_text_of_a_checkpoint_is_remembered(tmp_path):

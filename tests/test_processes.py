@@ -30,8 +30,8 @@ def launch(script, folder, **numbers):
 def test_two_processes_follow_one(tmp_path):
     """The same gradients, the same losses, and only one that speaks and saves."""
     source = GPT.replace("dtype = torch", "fast = False\ndtype = torch").replace(
-        "nn.init.zeros_(self", "nn.init.normal_(self").replace("        show_progress(step, loss)", (
-            "        torch.save([p.grad for p in unwrapped.parameters()], f'grad{rank}')"))
+        "nn.init.zeros_(self", "nn.init.normal_(self").replace("show_progress(step, loss) ", (
+            "torch.save([p.grad for p in unwrapped.parameters()], f'grad{rank}') "))
     (tmp_path / "edited.py").write_text(source, encoding="utf-8")
     (tmp_path / "one").mkdir()
     play(tmp_path / "edited.py", tmp_path / "one", **{**NUMBERS, "max_iters": 1})
@@ -40,7 +40,8 @@ def test_two_processes_follow_one(tmp_path):
     alone = torch.load(tmp_path / "one" / "grad0")
     assert min(grad.abs().max() for grad in alone) > 1e-4
     for rank in (0, 1):
-        for found, expected in zip(torch.load(tmp_path / "two" / f"grad{rank}"), alone, strict=True):
+        both = torch.load(tmp_path / "two" / f"grad{rank}")
+        for found, expected in zip(both, alone, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
     alone = play("gpt.py", tmp_path, **NUMBERS)
@@ -57,8 +58,9 @@ def test_two_processes_follow_one(tmp_path):
 
 
 def test_dropouts_differ(tmp_path):
-    source = GPT.replace("loss.backward() ", "torch.save(getattr(model, 'module', model).hidden, f'hidden{rank}')"
-                         "if world > 1 else 0\n    loss.backward() ")
+    source = GPT.replace("loss.backward() ", (
+        "torch.save(getattr(model, 'module', model).hidden, f'hidden{rank}')\n"
+        "    loss.backward() "))
     source = source.replace("x = self.blocks(x) ", "self.hidden = x == 0\n        "
                             "x = self.blocks(x) ")
     (tmp_path / "edited.py").write_text(source, encoding="utf-8")
