@@ -183,9 +183,9 @@ for t in range(4):
 # The number at the end of a step is the validation loss with all steps up to this
 # one, after 300 training steps. With such losses, models write like this:
 #
-# - 2.50 (bigram.py): `Athtimacowin muphe hirkend y t dinsp me comurar andil`
-# - 2.05 (part one): `Enw me' mme him ake you din prow come a pand afthe`
-# - 1.37 (gpt.py, 1,500 steps): `But, may win my master and your best`
+# - 2.50 (bigram.py): `Athtimacowin muphe hirkend y t dinspst CAshorar ad il`
+# - 2.05 (part one): `Romerrung shour in own, and so you, and`
+# - 1.37 (gpt.py, 1,500 steps): `To pass him little time, I serve him.`
 #
 # ## Step 1: embedding
 # The simplest model is a table with a row for each character: the logits of all that
@@ -283,7 +283,7 @@ class Head(nn.Module):
 # (0, 1) to (-sin, cos), so (a, b) turns to a times the one plus b times the other.
 #
 # (Su et al. 2021, arXiv:2104.09864, known as RoPE. GPT-2 adds a learned vector for
-# each position to the embedding, which takes longer to learn.) (2.33)
+# each position to the embedding, which takes longer to learn.) (2.34)
 
 # %%
 # From one position to the next, the fastest clock turns by 1 radian (57 degrees), and
@@ -306,7 +306,7 @@ def rotate(x):
 # ## Step 4: several heads
 # One head has one set of weights, so it looks for one thing at a time. Several heads
 # look for several things at once, each with vectors of D = C / `n_head` numbers. Side
-# by side, their outputs are C numbers again. A linear layer, `proj`, mixes them. (2.26)
+# by side, their outputs are C numbers again. A linear layer, `proj`, mixes them. (2.28)
 
 # %%
 class MultiHeadAttention(nn.Module):
@@ -329,7 +329,7 @@ class MultiHeadAttention(nn.Module):
 # product with the vector is large where the two fit, as with query and key. ReLU sets
 # negative numbers to 0: that pattern is absent. A second linear layer turns the
 # patterns that are there into conclusions. Without ReLU in between, two linear layers
-# could do no more than one. (2.19)
+# could do no more than one. (2.18)
 
 # %%
 class FeedForward(nn.Module):
@@ -352,7 +352,7 @@ class FeedForward(nn.Module):
 #
 # With every addition, the numbers in x can grow. So a *LayerNorm* stands before each
 # part: it shifts and scales each vector to mean 0 and variance 1 (and then by learned
-# amounts), so that what follows reads numbers of a steady size. (2.13)
+# amounts), so that what follows reads numbers of a steady size. (2.11)
 
 # %%
 class Block(nn.Module):
@@ -532,7 +532,7 @@ if not load:  # Extra
 # ## Step 8: normalised queries and keys
 # A score can be large because query and key fit, or just because one of them has
 # large numbers. A LayerNorm gives all the same length, so that only their directions
-# count. (Dehghani et al. 2023, arXiv:2302.05442, known as QK-norm) (2.00)
+# count. (Dehghani et al. 2023, arXiv:2302.05442, known as QK-norm) (1.96)
 #
 # ## Step 9: gates
 # Attention weights add up to 1, so a head hands something over even where nothing
@@ -542,7 +542,7 @@ if not load:  # Extra
 #
 # Feed-forward gets a gate in place of ReLU: a pattern counts only together with
 # another one. `silu` is a smooth ReLU. (Shazeer 2020, arXiv:2002.05202, known as
-# SwiGLU) (1.90)
+# SwiGLU) (1.89)
 #
 # ## Step 10: token shift
 # The characters just before matter most. So what attention and feed-forward read

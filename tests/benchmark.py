@@ -54,7 +54,7 @@ def run(*options):
 
 def loss_on(model, text_file):
     """Return the loss of a kept model over all of a text, in windows of its own block_size."""
-    sys.argv = ["gpt.py", f"--load={model}", "--max_new_tokens=0", "--save="]
+    sys.argv = ["gpt.py", f"--load={model}", "--max_iters=0", "--max_new_tokens=0", "--save="]
     with contextlib.redirect_stdout(io.StringIO()):
         space = runpy.run_path(str(ROOT / "gpt.py"), run_name="__main__")
     text = Path(text_file).read_text(encoding="utf-8")
