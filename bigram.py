@@ -31,7 +31,7 @@ eval_interval = 100      # how many steps between evaluations?
 learning_rate = 0.05     # how far does a training step move the parameters?
 max_new_tokens = 500     # how many characters should it write?
 temperature = 0.8        # below 1 keeps to the likely, above 1 takes more risks
-seed = 1337              # of random numbers: the same seed gives the same run
+seed = 1337              # random seed: the same seed gives the same run
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
 # %% [markdown]
@@ -47,7 +47,7 @@ try:
         reply = requests.get(url, timeout=30)
         reply.raise_for_status()
         if hashlib.sha256(reply.content).hexdigest() != sha256:
-            raise OSError("the download is not the text expected")
+            raise OSError("the download is not the expected text")
         Path(text_file).write_bytes(reply.content)
     text = Path(text_file).read_text(encoding="utf-8")
 except (OSError, UnicodeError) as error:
@@ -78,8 +78,8 @@ def decode(ids):
 print(f"{len(text):,} characters, {vocab_size} distinct ones: {''.join(chars)!r}")
 print(f"{text[:5]!r} becomes {encode(text[:5]).tolist()}")
 
-# The last tenth is for *validation*: it is never trained on, so it tells whether the
-# model learns to write, or only learns the text by heart.
+# The last tenth is for *validation*: it is never trained on, so it shows whether the
+# model is learning to write, or only learning the text by heart.
 data = encode(text).to(device)
 train_data = data[:int(0.9 * len(data))]
 val_data = data[int(0.9 * len(data)):]
@@ -91,7 +91,7 @@ val_data = data[int(0.9 * len(data)):]
 # is an example of its own: given the characters up to here, which one comes next?
 #
 # The text is cut into pieces, which are shuffled and dealt like cards, so that all of
-# it is read equally often. When all are dealt, it is cut again, at other places.
+# it is read equally often. When all are dealt, it is cut again, in other places.
 
 # %%
 generator = torch.Generator().manual_seed(seed)
@@ -122,8 +122,8 @@ for t in range(4):
 # probability = exp(logit) / (sum of exp over all logits)
 #
 # The *loss* is -ln(probability of the character that really came next), averaged
-# over all positions. Guessing blindly among 63 characters gives ln(63) = 4.14. With
-# a loss of 1.4, it is as unsure as if it had to choose among exp(1.4) = 4 characters.
+# over all positions. Guessing blindly among the 63 of input.txt gives ln(63) = 4.14. A
+# loss of 1.4 means being as unsure as if choosing among exp(1.4) = 4 characters.
 #
 # To train a model is to make its loss small by adjusting its *parameters*, the
 # numbers in it that are learned. The *gradient* of a parameter tells how fast the

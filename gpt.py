@@ -38,14 +38,14 @@ n_head = 2               # attention heads: how many things to look for at once?
 n_layer = 4              # depth: how many blocks in a row?
 dropout = 0.0            # what share of the numbers is set to 0 in training? (Step 7)
 learning_rate = 0.004    # how far does a training step move the parameters?
-muon_lr = 0.02           # the same for those that Muon moves (Step 11)
+muon_lr = 0.02           # the same for Muon's matrices (Step 11)
 momentum = 0.9           # how much of earlier gradients does Muon keep?
 weight_decay = 0.1       # how strongly does Muon pull parameters towards 0?
 prompt = ""              # text for the model to continue
 samples = 1              # how many continuations?
 max_new_tokens = 500     # how many characters should it write?
 temperature = 0.8        # below 1 keeps to the likely, above 1 takes more risks
-seed = 1337              # of random numbers: the same seed gives the same run
+seed = 1337              # random seed: the same seed gives the same run
 save = "gpt.pt"          # where to save the best model
 load = ""                # which saved model to start from
 device = f"cuda:{os.getenv('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
@@ -62,7 +62,7 @@ for name, value in list(globals().items()):
     if type(value) in (int, float, str) and name[0] != "_":
         parser.add_argument(f"--{name}", type=type(value), default=value,
                             help="(default: %(default)s)")
-words = sys.argv[1:] if "ipykernel" not in sys.modules else []  # yours, in a notebook
+words = sys.argv[1:] if "ipykernel" not in sys.modules else []  # [] in a notebook
 options = parser.parse_args(words)
 if "cuda" in options.device:
     parser.set_defaults(**gpu_numbers)
@@ -86,7 +86,7 @@ try:
         reply = requests.get(url, timeout=30)
         reply.raise_for_status()
         if hashlib.sha256(reply.content).hexdigest() != sha256:
-            raise OSError("the download is not the text expected")
+            raise OSError("the download is not the expected text")
         Path(text_file).write_bytes(reply.content)
     text = Path(text_file).read_text(encoding="utf-8")
 except (OSError, UnicodeError) as error:
@@ -122,8 +122,8 @@ def decode(ids):
 print(f"{len(text):,} characters, {vocab_size} distinct ones: {''.join(chars)!r}")
 print(f"{text[:5]!r} becomes {encode(text[:5]).tolist()}")
 
-# The last tenth is for *validation*: it is never trained on, so it tells whether the
-# model learns to write, or only learns the text by heart.
+# The last tenth is for *validation*: it is never trained on, so it shows whether the
+# model is learning to write, or only learning the text by heart.
 data = encode(text).to(device)
 train_data = data[:int(0.9 * len(data))]
 val_data = data[int(0.9 * len(data)):]
@@ -139,7 +139,7 @@ if set(prompt) - set(chars):  # Extra
 # is an example of its own: given the characters up to here, which one comes next?
 #
 # The text is cut into pieces, which are shuffled and dealt like cards, so that all of
-# it is read equally often. When all are dealt, it is cut again, at other places.
+# it is read equally often. When all are dealt, it is cut again, in other places.
 
 # %%
 generator = torch.Generator().manual_seed(seed)
@@ -170,8 +170,8 @@ for t in range(4):
 # probability = exp(logit) / (sum of exp over all logits)
 #
 # The *loss* is -ln(probability of the character that really came next), averaged
-# over all positions. Guessing blindly among 63 characters gives ln(63) = 4.14. With
-# a loss of 1.4, it is as unsure as if it had to choose among exp(1.4) = 4 characters.
+# over all positions. Guessing blindly among the 63 of input.txt gives ln(63) = 4.14. A
+# loss of 1.4 means being as unsure as if choosing among exp(1.4) = 4 characters.
 #
 # To train a model is to make its loss small by adjusting its *parameters*, the
 # numbers in it that are learned. The *gradient* of a parameter tells how fast the
@@ -180,16 +180,16 @@ for t in range(4):
 
 # %% [markdown]
 # # Part one: a GPT
-# The number at the end of a step is the validation loss with all steps up to this
-# one, after 300 training steps. With such losses, models write like this:
+# The number in brackets at the end of a section is the validation loss with everything
+# up to there, after 300 training steps. With such losses, models write like this:
 #
 # - 2.50 (bigram.py): `Athtimacowin muphe hirkend y t dinspst CAshorar ad il`
 # - 2.05 (part one): `Romerrung shour in own, and so you, and`
 # - 1.37 (gpt.py, 1,500 steps): `To pass him little time, I serve him.`
 #
 # ## Step 1: embedding
-# The simplest model is a table with a row for each character: the logits of all that
-# may come after it. That is bigram.py. But what a table learns about `a` tells it
+# The simplest model is a table with a row for each character: a logit for each one that
+# may follow. That is bigram.py. But what a table learns about `a` tells it
 # nothing about `e`. So we give each character a vector of `n_embd` numbers, its
 # *embedding*, which is learned: characters that behave alike can become alike. A linear
 # layer, `lm_head`, turns a vector into logits. This knows no more than the table, but
@@ -198,7 +198,7 @@ for t in range(4):
 
 # %% [markdown]
 # ## Step 2: attention
-# So far each vector knows its own character only. To guess what comes after `Rome`,
+# So far each vector only knows its own character. To guess what comes after `Rome`,
 # the model looks at the `e`. The simplest way to tell the `e` what came before it is
 # the *mean* of all vectors so far. As a product of matrices, this is
 # `equal_weights @ x`: row t has equal weights for the positions 0 to t, and 0 for the
@@ -211,7 +211,7 @@ means = equal_weights @ torch.tensor([2.0, 4.0, 6.0, 8.0])
 print(f"{equal_weights}\nmeans of 2, 4, 6, 8 so far: {means.tolist()}")
 
 # %% [markdown]
-# In a plain mean all characters count alike, however little they tell. *Attention* is
+# In a plain mean all characters count alike, even uninformative ones. *Attention* is
 # a mean as well, but the model computes the weights for itself, anew for each text.
 # With three linear layers, each position makes three vectors of D numbers from its x:
 #
@@ -266,21 +266,21 @@ class Head(nn.Module):
 
 # %% [markdown]
 # ## Step 3: positions
-# So far, attention ignores distance. So before a query meets a key, both are turned by
-# an angle that grows with their position. Take their numbers in pairs, and think of
-# each pair as a clock with one hand, which moves on by, say, 10 degrees from each
-# position to the next. A query at position 7 is turned by 70 degrees, and a key at
+# So far, attention ignores distance. Now, before a query meets a key, both are turned
+# by an angle that grows with their position. Take their numbers in pairs (here i and
+# i + D/2), and think of each pair as a clock with one hand, which moves on by, say, 10
+# degrees from each position to the next. A query at position 7 is turned by 70 degrees, and a key at
 # position 5 by 50. Their dot product depends on the angle between the hands, which has
 # changed by 20 degrees, as it would at positions 107 and 105: only the distance counts.
-# Some clocks are fast, to tell near positions apart, and some are slow, for far ones.
 #
 # How can a head find the character just before? Suppose all its keys point up, and its
 # queries point 10 degrees back from that. Then the query at position 7 ends at 60
 # degrees, and so does the key at position 6: these two fit best. This is learned once,
-# and works everywhere in the text.
+# and works everywhere in the text. Other clocks, faster and slower ones, rule out the
+# distances at which this clock fits again.
 #
 # How is a hand turned? Its tip is at (a, b). The hand (1, 0) turns to (cos, sin), and
-# (0, 1) to (-sin, cos), so (a, b) turns to a times the one plus b times the other.
+# (0, 1) to (-sin, cos), so (a, b) turns to a times the first plus b times the second.
 #
 # (Su et al. 2021, arXiv:2104.09864, known as RoPE. GPT-2 adds a learned vector for
 # each position to the embedding, which takes longer to learn.) (2.34)
@@ -373,7 +373,7 @@ class Block(nn.Module):
 
 # %% [markdown]
 # ## Step 7: depth
-# `n_layer` blocks in a row: what one has found, the next one can build on. The first
+# `n_layer` blocks in a row: each can build on what the one before has found. The first
 # may put letters together into words, the second may look for the words before. (2.05)
 #
 # A large model can learn a small text by heart. *Dropout* works against that: in
@@ -531,24 +531,23 @@ if not load:  # Extra
 #
 # ## Step 8: normalised queries and keys
 # A score can be large because query and key fit, or just because one of them has
-# large numbers. A LayerNorm gives all the same length, so that only their directions
+# large numbers. A LayerNorm gives them the same length, so that only their directions
 # count. (Dehghani et al. 2023, arXiv:2302.05442, known as QK-norm) (1.96)
 #
 # ## Step 9: gates
 # Attention weights add up to 1, so a head hands something over even where nothing
-# fits. A *gate* lets it stay silent: one more linear layer computes factors, between
-# 0 and 2, by which what it found is multiplied. (After Qiu et al. 2025,
-# arXiv:2505.06708)
+# fits. A *gate* lets it stay silent: one more linear layer computes factors between 0
+# and 2, which scale what it found. (After Qiu et al. 2025, arXiv:2505.06708)
 #
 # Feed-forward gets a gate in place of ReLU: a pattern counts only together with
 # another one. `silu` is a smooth ReLU. (Shazeer 2020, arXiv:2002.05202, known as
 # SwiGLU) (1.89)
 #
 # ## Step 10: token shift
-# The characters just before matter most. So what attention and feed-forward read
-# contains them already: a quarter of each vector comes from the position before,
-# and a quarter from the one before that. Attention could find them too, but it would
-# have to learn how. (After Peng et al. 2023, arXiv:2305.13048) (1.68)
+# The characters just before matter most. So we mix them into what attention and
+# feed-forward read: a quarter of each vector now comes from the position before, and a
+# quarter from the one before that. Attention could find them too, but would have to
+# learn how. (After Peng et al. 2023, arXiv:2305.13048) (1.68)
 
 # %%
 def shift(x):
@@ -585,7 +584,7 @@ class Head(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Patterns that count together, and what follows: (B, T, C) to (B, T, C)."""
+    """Feed-forward with a gate: (B, T, C) to (B, T, C)."""
 
     def __init__(self):
         super().__init__()
@@ -601,11 +600,11 @@ class FeedForward(nn.Module):
 
 # %% [markdown]
 # ## Step 11: Muon
-# The gradient of a matrix is a matrix too. All that a matrix can do to a vector is to
-# turn it, to stretch it along each axis by some factor, and to turn it again. These
-# factors are its *singular values*. In a gradient, a few are large and most are small,
-# though the small ones may stand for things that are just as useful, only rarer. Muon
-# makes them about equal. (Jordan 2024, kellerjordan.github.io/posts/muon)
+# The gradient of a matrix is a matrix too. A matrix can only turn a vector, stretch it
+# along each axis by some factor, and turn it again. These factors are its *singular
+# values*. In a gradient, a few are large and most are small, though the small ones may
+# stand for things that are just as useful, only rarer. Muon makes them about equal.
+# (Jordan 2024, kellerjordan.github.io/posts/muon)
 #
 # How? Feel free to take it on trust. Take a number between 0.01 and 1, put it into
 # 3.4445 x - 4.7750 x^3 + 2.0315 x^5, put the result in again, and so on: from 0.01 you
@@ -673,7 +672,7 @@ def set_learning_rates(step):
 
 # %% [markdown]
 # ## Extra: save the best model
-# Its file holds all that is needed to go on. With another text, a new run starts from
+# Its file holds everything needed to go on. With another text, a new run starts from
 # its parameters, and learns the new characters (*fine-tuning*). No other file is ever
 # overwritten.
 
