@@ -267,11 +267,12 @@ class Head(nn.Module):
 # %% [markdown]
 # ## Step 3: positions
 # So far, attention ignores distance. Now, before a query meets a key, both are turned
-# by an angle that grows with their position. Take their numbers in pairs (here i and
-# i + D/2), and think of each pair as a clock with one hand, which moves on by, say, 10
-# degrees from each position to the next. A query at position 7 is turned by 70 degrees, and a key at
-# position 5 by 50. Their dot product depends on the angle between the hands, which has
-# changed by 20 degrees, as it would at positions 107 and 105: only the distance counts.
+# by an angle that grows with their position. Take their numbers in pairs (here i and i
+# + D/2), and think of each pair as a clock with one hand, which moves on by, say, 10
+# degrees from each position to the next. A query at position 7 is turned by 70
+# degrees, and a key at position 5 by 50. Their dot product depends on the angle
+# between the hands, which has changed by 20 degrees, as it would at positions 107 and
+# 105: only the distance counts.
 #
 # How can a head find the character just before? Suppose all its keys point up, and its
 # queries point 10 degrees back from that. Then the query at position 7 ends at 60
