@@ -30,7 +30,7 @@ max_iters = 300          # how many training steps?
 eval_interval = 100      # how many steps between evaluations?
 learning_rate = 0.05     # how far does a training step move the parameters?
 max_new_tokens = 500     # how many characters should it write?
-temperature = 0.8        # below 1 keeps to the likely, above 1 takes more risks
+temperature = 0.8        # below 1 favours likely characters, above 1 takes risks
 seed = 1337              # random seed: the same seed gives the same run
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -122,11 +122,11 @@ for t in range(4):
 # probability = exp(logit) / (sum of exp over all logits)
 #
 # The *loss* is -ln(probability of the character that really came next), averaged
-# over all positions. Guessing blindly among the 63 of input.txt gives ln(63) = 4.14. A
-# loss of 1.4 means being as unsure as if choosing among exp(1.4) = 4 characters.
+# over all positions. Guessing blindly among the 63 characters of input.txt gives ln(63)
+# = 4.14. At 1.4, the model is as unsure as if choosing among exp(1.4) = 4 characters.
 #
 # To train a model is to make its loss small by adjusting its *parameters*, the
-# numbers in it that are learned. The *gradient* of a parameter tells how fast the
+# numbers in it that are learned. The *gradient* of a parameter says how fast the
 # loss rises as this parameter rises. PyTorch finds all gradients at once, working
 # back from the loss through the model (*backpropagation*).
 

@@ -44,7 +44,7 @@ weight_decay = 0.1       # how strongly does Muon pull parameters towards 0?
 prompt = ""              # text for the model to continue
 samples = 1              # how many continuations?
 max_new_tokens = 500     # how many characters should it write?
-temperature = 0.8        # below 1 keeps to the likely, above 1 takes more risks
+temperature = 0.8        # below 1 favours likely characters, above 1 takes risks
 seed = 1337              # random seed: the same seed gives the same run
 save = "gpt.pt"          # where to save the best model
 load = ""                # which saved model to start from
@@ -170,18 +170,18 @@ for t in range(4):
 # probability = exp(logit) / (sum of exp over all logits)
 #
 # The *loss* is -ln(probability of the character that really came next), averaged
-# over all positions. Guessing blindly among the 63 of input.txt gives ln(63) = 4.14. A
-# loss of 1.4 means being as unsure as if choosing among exp(1.4) = 4 characters.
+# over all positions. Guessing blindly among the 63 characters of input.txt gives ln(63)
+# = 4.14. At 1.4, the model is as unsure as if choosing among exp(1.4) = 4 characters.
 #
 # To train a model is to make its loss small by adjusting its *parameters*, the
-# numbers in it that are learned. The *gradient* of a parameter tells how fast the
+# numbers in it that are learned. The *gradient* of a parameter says how fast the
 # loss rises as this parameter rises. PyTorch finds all gradients at once, working
 # back from the loss through the model (*backpropagation*).
 
 # %% [markdown]
 # # Part one: a GPT
 # The number in brackets at the end of a section is the validation loss with everything
-# up to there, after 300 training steps. With such losses, models write like this:
+# up to that point, after 300 training steps. Such models write like this:
 #
 # - 2.50 (bigram.py): `Athtimacowin muphe hirkend y t dinspst CAshorar ad il`
 # - 2.05 (part one): `Romerrung shour in own, and so you, and`
@@ -224,13 +224,13 @@ print(f"{equal_weights}\nmeans of 2, 4, 6, 8 so far: {means.tolist()}")
 #
 # The dot product of a query and a key (multiply number by number, then add up) is their
 # *score*: the better the two fit, the larger it is. Softmax turns the scores of a
-# position into attention weights, and with these, the mean of the values is taken.
+# position into attention weights, and the output is the mean of the values so weighted.
 # If the scores of `R`, `o`, `m` and `e` are 2, 0, 0 and 1, their weights are 0.61,
 # 0.08, 0.08 and 0.22, so what the `e` gets is mostly the value of the `R`. In one line:
 #
 # attention = softmax(queries @ keys.T / sqrt(D) + mask) @ values
 #
-# The mask gives later positions a score of minus infinity, so a weight of 0.
+# The mask gives later positions a score of minus infinity, and hence a weight of 0.
 #
 # Why sqrt(D)? A score is a sum of D products, some positive, some negative. They
 # partly cancel, so it is not D times as large as one of them, but about sqrt(D)
@@ -238,8 +238,9 @@ print(f"{equal_weights}\nmeans of 2, 4, 6, 8 so far: {means.tolist()}")
 # then a small change of the scores has hardly any effect: little can be learned.
 # (Vaswani et al. 2017, arXiv:1706.03762)
 #
-# What attention finds is added to x. On its own this gains nothing: it does not know
-# where things are. The line marked Step 3 will change that. (2.52)
+# What attention finds is added to x (with one head, D is C). On its own this gains
+# nothing: it does not know where things are. The line marked Step 3 will change that.
+# (2.52)
 
 # %%
 head_size = n_embd // n_head  # called D in the shapes
@@ -513,9 +514,9 @@ def train_step(inputs, targets):
 
 # %% [markdown]
 # ## The plain GPT learns
-# This is a whole GPT. GPT-2 is built like this, but much larger: it reads pieces of
-# words, adds learned positions, and has a smoother ReLU. Here are the first 100
-# training steps. (After 300, the loss is 2.05.)
+# This is a whole GPT. GPT-2 is much like it, only larger: it reads pieces of words, and
+# has learned positions and a smoother ReLU. Here are the first 100 training steps.
+# (After 300, the loss is 2.05.)
 
 # %%
 if not load:  # Extra
@@ -528,7 +529,7 @@ if not load:  # Extra
 # %% [markdown]
 # # Part two: improvements
 # As is common in notebooks, the cells below redefine classes: from here on, `Head` is
-# the new one, also for `MultiHeadAttention`. New lines are marked with their step.
+# the new one, for `MultiHeadAttention` too. New lines are marked with their step.
 #
 # ## Step 8: normalised queries and keys
 # A score can be large because query and key fit, or just because one of them has
@@ -545,9 +546,9 @@ if not load:  # Extra
 # SwiGLU) (1.89)
 #
 # ## Step 10: token shift
-# The characters just before matter most. So we mix them into what attention and
-# feed-forward read: a quarter of each vector now comes from the position before, and a
-# quarter from the one before that. Attention could find them too, but would have to
+# The characters just before matter most. So attention and feed-forward read them too:
+# a quarter of each vector is replaced by that of the position before, and a quarter by
+# that of the one before that. Attention could find them too, but would have to
 # learn how. (After Peng et al. 2023, arXiv:2305.13048) (1.68)
 
 # %%
@@ -649,6 +650,7 @@ class Muon(torch.optim.Optimizer):
 
 # %% [markdown]
 # ## The new model
+# It begins untrained.
 
 # %%
 torch.manual_seed(seed)
@@ -673,7 +675,7 @@ def set_learning_rates(step):
 
 # %% [markdown]
 # ## Extra: save the best model
-# Its file holds everything needed to go on. With another text, a new run starts from
+# Its file holds everything needed to resume. With another text, a new run starts from
 # its parameters, and learns the new characters (*fine-tuning*). No other file is ever
 # overwritten.
 
