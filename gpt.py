@@ -548,8 +548,8 @@ if not load:  # Extra
 # ## Step 10: token shift
 # The characters just before matter most. So attention and feed-forward read them too:
 # a quarter of each vector is replaced by that of the position before, and a quarter by
-# that of the one before that. Attention could find them too, but would have to
-# learn how. (After Peng et al. 2023, arXiv:2305.13048) (1.68)
+# that of the one before that. Attention could find them, but would have to learn how.
+# (After Peng et al. 2023, arXiv:2305.13048) (1.68)
 
 # %%
 def shift(x):
@@ -726,7 +726,7 @@ def keep(step):
 # ## Extra: several processes, a GPU
 # Each process learns from its share of a batch, and all take the mean of their
 # gradients. A GPU computes this model faster than Python can say what to compute, so
-# there the forward and backward pass is recorded once, and then replayed.
+# there the forward and backward passes are recorded once, and then replayed.
 
 # %%
 unwrapped = model
