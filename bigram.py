@@ -10,6 +10,7 @@ Shapes in comments: B batch_size, T time (up to block_size), V vocab_size.
 
 # %%
 import hashlib
+import random
 import sys
 from pathlib import Path
 
@@ -94,16 +95,16 @@ val_data = data[int(0.9 * len(data)):]
 # it is read equally often. When all are dealt, it is cut again, in other places.
 
 # %%
-generator = torch.Generator().manual_seed(seed)
-cuts = torch.arange(0, len(train_data) - block_size, block_size)
+dealer = random.Random(seed)
 deck = []  # where the pieces begin, in the order in which they are dealt
 
 
 def get_batch(step):
     """Return the inputs and the targets of this step (1, 2, ...), both (B, T)."""
     while len(deck) < step * batch_size:
-        moved = (cuts + len(deck)) % (len(train_data) - block_size)  # cut elsewhere
-        deck.extend(moved[torch.randperm(len(cuts), generator=generator)].tolist())
+        first = dealer.randrange(block_size)  # other cuts in each pass
+        cuts = range(first, len(train_data) - block_size, block_size)
+        deck.extend(dealer.sample(cuts, len(cuts)))  # all of them, shuffled
     starts = deck[(step - 1) * batch_size:step * batch_size]
     pieces = torch.stack([data[i:i + block_size + 1] for i in starts])  # (B, T+1)
     return pieces[:, :-1], pieces[:, 1:]

@@ -3,10 +3,9 @@
     python gpt.py                 trains for a few minutes, then writes
     python gpt.py --load=gpt.pt   writes with the saved model
 
-Part one is a small GPT, complete. Part two improves it. Each step is one idea on the
-way from bigram.py, the script beside this one. Skip anything marked Extra.
-
-Shapes in comments: B batch_size, T time, C n_embd, D head_size, V vocab_size.
+Part one is a small GPT, complete: you can stop there. Part two improves it. Each step
+is one idea on the way from bigram.py, the script beside this one. Skip anything marked
+Extra. Shapes in comments: B batch_size, T time, C n_embd, D head_size, V vocab_size.
 """
 
 # %%
@@ -14,6 +13,7 @@ import argparse
 import copy
 import hashlib
 import os
+import random
 import sys
 import time
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import nn
 
 # %% [markdown]
 # ## Numbers to choose
-# Change them here (on a GPU, in `gpu_numbers`), or as in `gpt.py --max_iters=300`.
+# Change them here, or as in `gpt.py --max_iters=300`.
 
 # %%
 text_file = "input.txt"  # what to learn from: any text in UTF-8
@@ -38,39 +38,38 @@ n_head = 2               # attention heads: how many things to look for at once?
 n_layer = 4              # depth: how many blocks in a row?
 dropout = 0.0            # what share of the numbers is set to 0 in training? (Step 7)
 learning_rate = 0.004    # how far does a training step move the parameters?
-muon_lr = 0.02           # the same for Muon's matrices (Step 11)
-momentum = 0.9           # how much of earlier gradients does Muon keep?
-weight_decay = 0.1       # how strongly does Muon pull parameters towards 0?
-prompt = ""              # text for the model to continue
-samples = 1              # how many continuations?
 max_new_tokens = 500     # how many characters should it write?
 temperature = 0.8        # below 1 favours likely characters, above 1 takes risks
 seed = 1337              # random seed: the same seed gives the same run
-save = "gpt.pt"          # where to save the best model
-load = ""                # which saved model to start from
 device = f"cuda:{os.getenv('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+# %% [markdown]
+# ## Extra: more numbers, and options
+
+# %%
+muon_lr = 0.02       # the learning rate of Muon (Step 11)
+momentum = 0.9       # how much of earlier gradients does Muon keep?
+weight_decay = 0.1   # how strongly does Muon pull parameters towards 0?
+prompt = ""          # text for the model to continue
+samples = 1          # how many continuations?
+save = "gpt.pt"      # where to save the best model
+load = ""            # which saved model to start from
 gpu_numbers = dict(batch_size=16, max_iters=1000, eval_interval=250, n_embd=384,
                    n_head=3, n_layer=6, dropout=0.05, momentum=0.95, weight_decay=0.3)
 
-# %% [markdown]
-# ## Extra: options
-# All of these become options. They override the numbers stored in a saved model.
-
-# %%
+options = {name: value for name, value in globals().items()
+           if type(value) in (int, float, str) and name[0] != "_"}
 parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
-for name, value in list(globals().items()):
-    if type(value) in (int, float, str) and name[0] != "_":
-        parser.add_argument(f"--{name}", type=type(value), default=value,
-                            help="(default: %(default)s)")
-words = sys.argv[1:] if "ipykernel" not in sys.modules else []  # [] in a notebook
-options = parser.parse_args(words)
-if "cuda" in options.device:
-    parser.set_defaults(**gpu_numbers)
-if options.load:
-    checkpoint = torch.load(options.load, map_location="cpu", weights_only=True)
-    parser.set_defaults(**checkpoint["options"])
-    parser.set_defaults(load=options.load, save=options.load, device=options.device)
-options = vars(parser.parse_args(words))
+for name, value in options.items():
+    parser.add_argument(f"--{name}", type=type(value), default=argparse.SUPPRESS)
+typed = vars(parser.parse_args([] if "ipykernel" in sys.modules else None))
+globals().update(typed)
+if "cuda" in device:
+    options |= gpu_numbers
+if load:
+    checkpoint = torch.load(load, map_location="cpu", weights_only=True)
+    options |= checkpoint["options"] | {"load": load, "save": load, "device": device}
+options |= typed
 globals().update(options)
 
 # %% [markdown]
@@ -93,6 +92,8 @@ except (OSError, UnicodeError) as error:
     parser.error(f"no UTF-8 text at {text_file} ({error}); put one there")
 if min(batch_size, block_size, eval_interval, n_embd, n_head, n_layer) < 1:  # Extra
     parser.error("sizes should be at least 1")
+if n_embd % (4 * n_head):  # Extra
+    parser.error(f"{n_embd=} should be a multiple of 4 * {n_head=}")
 if os.getenv("RANK", "0") != "0":  # Extra: of several processes, only the first prints
     sys.stdout = open(os.devnull, "w")
 
@@ -142,16 +143,16 @@ if set(prompt) - set(chars):  # Extra
 # it is read equally often. When all are dealt, it is cut again, in other places.
 
 # %%
-generator = torch.Generator().manual_seed(seed)
-cuts = torch.arange(0, len(train_data) - block_size, block_size)
+dealer = random.Random(seed)
 deck = []  # where the pieces begin, in the order in which they are dealt
 
 
 def get_batch(step):
     """Return the inputs and the targets of this step (1, 2, ...), both (B, T)."""
     while len(deck) < step * batch_size:
-        moved = (cuts + len(deck)) % (len(train_data) - block_size)  # cut elsewhere
-        deck.extend(moved[torch.randperm(len(cuts), generator=generator)].tolist())
+        first = dealer.randrange(block_size)  # other cuts in each pass
+        cuts = range(first, len(train_data) - block_size, block_size)
+        deck.extend(dealer.sample(cuts, len(cuts)))  # all of them, shuffled
     starts = deck[(step - 1) * batch_size:step * batch_size]
     pieces = torch.stack([data[i:i + block_size + 1] for i in starts])  # (B, T+1)
     return pieces[:, :-1], pieces[:, 1:]
@@ -238,7 +239,7 @@ print(f"{equal_weights}\nmeans of 2, 4, 6, 8 so far: {means.tolist()}")
 # then a small change of the scores has hardly any effect: little can be learned.
 # (Vaswani et al. 2017, arXiv:1706.03762)
 #
-# What attention finds is added to x (with one head, D is C). On its own this gains
+# What attention finds is added to x, in `Block` (Step 6). On its own this gains
 # nothing: it does not know where things are. The line marked Step 3 will change that.
 # (2.52)
 
@@ -267,19 +268,19 @@ class Head(nn.Module):
 
 # %% [markdown]
 # ## Step 3: positions
-# So far, attention ignores distance. Now, before a query meets a key, both are turned
-# by an angle that grows with their position. Take their numbers in pairs (here i and i
-# + D/2), and think of each pair as a clock with one hand, which moves on by, say, 10
-# degrees from each position to the next. A query at position 7 is turned by 70
-# degrees, and a key at position 5 by 50. Their dot product depends on the angle
-# between the hands, which has changed by 20 degrees, as it would at positions 107 and
-# 105: only the distance counts.
+# So far, attention ignores distance. To change that, each query and key is turned by an
+# angle that depends on its position. Take its numbers in pairs (here i and i + D/2),
+# and think of each pair as a clock with one hand. It moves on by, say, 10 degrees from
+# one position to the next: at position 7, a query has turned by 70 degrees, and at
+# position 5, a key by 50. Their dot product depends on the angle between the two hands,
+# which has changed by 20 degrees. At positions 107 and 105, it would be 20 degrees as
+# well: only the distance counts.
 #
-# How can a head find the character just before? Suppose all its keys point up, and its
-# queries point 10 degrees back from that. Then the query at position 7 ends at 60
-# degrees, and so does the key at position 6: these two fit best. This is learned once,
-# and works everywhere in the text. Other clocks, faster and slower ones, rule out the
-# distances at which this clock fits again.
+# This is how a head can find the character just before. Suppose all its keys start at 0
+# degrees, and all its queries at -10. At position 7, the query is turned by 70, to 60.
+# At position 6, the key is turned by 60, to 60 as well. These two fit best. This is
+# learned once, and works everywhere in the text. After 36 positions, this clock is back
+# where it was: other pairs, faster and slower clocks, tell such distances apart.
 #
 # How is a hand turned? Its tip is at (a, b). The hand (1, 0) turns to (cos, sin), and
 # (0, 1) to (-sin, cos), so (a, b) turns to a times the first plus b times the second.
@@ -443,21 +444,10 @@ def write(start, max_new_tokens, seed):
 
 
 # %% [markdown]
-# ## Extra: checks, several processes, 16-bit numbers
-# Multiplying 16-bit numbers is faster on processors that have units for them.
+# ## Extra: 16-bit numbers
+# Multiplying them is faster on processors that have units for it.
 
 # %%
-if n_embd % (4 * n_head):
-    parser.error(f"{n_embd=} should be a multiple of 4 * {n_head=}")
-if save and not os.access(Path(save).parent, os.W_OK):
-    parser.error(f"{save=} is not in a writable folder")
-for name in ("block_size", "n_embd", "n_head", "n_layer") if load else ():
-    if options[name] != checkpoint["options"][name]:
-        parser.error(f"{load} was made with {name}={checkpoint['options'][name]}")
-world, rank = int(os.getenv("WORLD_SIZE", 1)), int(os.getenv("RANK", 0))
-if batch_size % world:
-    parser.error(f"{batch_size=} should be a multiple of the {world} processes")
-
 fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 if "cuda" in device:
     fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -539,7 +529,7 @@ if not load:  # Extra
 # ## Step 9: gates
 # Attention weights add up to 1, so a head hands something over even where nothing
 # fits. A *gate* lets it stay silent: one more linear layer computes factors between 0
-# and 2, which scale what it found. (After Qiu et al. 2025, arXiv:2505.06708)
+# and 1, which scale what it found. (Qiu et al. 2025, arXiv:2505.06708)
 #
 # Feed-forward gets a gate in place of ReLU: a pattern counts only together with
 # another one. `silu` is a smooth ReLU. (Shazeer 2020, arXiv:2002.05202, known as
@@ -582,7 +572,7 @@ class Head(nn.Module):
         weights = F.softmax(scores + mask[:T, :T], dim=-1)     # (B, T, T)
         self.weights = weights.detach()                        # Extra: for the picture
         found = weights @ v                                    # (B, T, D)
-        return found * 2 * torch.sigmoid(self.gate(x))         # (B, T, D), Step 9
+        return found * torch.sigmoid(self.gate(x))             # (B, T, D), Step 9
 
 
 class FeedForward(nn.Module):
@@ -608,9 +598,9 @@ class FeedForward(nn.Module):
 # stand for things that are just as useful, only rarer. Muon makes them about equal.
 # (Jordan 2024, kellerjordan.github.io/posts/muon)
 #
-# How? Feel free to take it on trust. Take a number between 0.01 and 1, put it into
-# 3.4445 x - 4.7750 x^3 + 2.0315 x^5, put the result in again, and so on: from 0.01 you
-# get 0.03, 0.12, 0.40, 1.09, 0.70. Wherever you begin, you end between 0.7 and 1.1.
+# How? Feel free to take it on trust. Take a number between 0.02 and 1, put it into
+# 3.4445 x - 4.7750 x^3 + 2.0315 x^5, and put the result in again, and again: from 0.03
+# you get 0.10, 0.35, 1.01. Wherever you begin, you end between 0.7 and 1.2.
 # Now let x be a matrix. In x @ x.T @ x its turns are the same, and each singular value
 # is cubed. So the same formula, with matrices, works on all of them.
 #
@@ -623,7 +613,7 @@ def equalise(x):
         return equalise(x.mT).mT  # transposing a tall matrix makes this cheaper
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # now none is above 1
     x = x.to(dtype)                                    # Extra
-    for _ in range(5):
+    for _ in range(3):
         s = x @ x.mT                                   # s @ x stands for x^3
         x = 3.4445 * x + (2.0315 * s @ s - 4.7750 * s) @ x
     return x
@@ -680,9 +670,14 @@ def set_learning_rates(step):
 # overwritten.
 
 # %%
+if save and not os.access(Path(save).parent, os.W_OK):
+    parser.error(f"{save=} is not in a writable folder")
 fingerprint = hashlib.sha256(text.encode()).hexdigest()
 best = {"step": 0, "val_loss": torch.inf, "losses": {}}
 if load:
+    for name in ("block_size", "n_embd", "n_head", "n_layer"):
+        if options[name] != checkpoint["options"][name]:
+            parser.error(f"{load} was made with {name}={checkpoint['options'][name]}")
     parameters = checkpoint["model"]
     for name in ("token_embedding.weight", "lm_head.weight"):
         new_rows = model.state_dict()[name][len(parameters[name]):].cpu()
@@ -729,6 +724,9 @@ def keep(step):
 # there the forward and backward passes are recorded once, and then replayed.
 
 # %%
+world, rank = int(os.getenv("WORLD_SIZE", 1)), int(os.getenv("RANK", 0))
+if batch_size % world:
+    parser.error(f"{batch_size=} should be a multiple of the {world} processes")
 unwrapped = model
 if world > 1:
     torch.distributed.init_process_group()

@@ -39,7 +39,7 @@ WITHOUT = {
               ("self.norm = nn.LayerNorm(n_embd) ", "self.norm = nn.Identity() ")],
     "depth": [("n_layer = 4", "n_layer = 1")],
     "qk-norm": [("q, k = self.norm(q), self.norm(k)", "pass")],
-    "gates": [("found * 2 * torch.sigmoid(self.gate(x))", "found"),
+    "gates": [("found * torch.sigmoid(self.gate(x))", "found"),
               ("F.silu(self.gate(x)) * self.up(x)", "F.silu(self.up(x))"),
               ("size = 8 * n_embd // 3", "size = 4 * n_embd")],
     "token-shift": [("x = shift(x)", "pass")],
