@@ -523,8 +523,8 @@ if not load:  # Extra
 #
 # ## Step 8: normalised queries and keys
 # A score can be large because query and key fit, or just because one of them has
-# large numbers. A LayerNorm gives them the same length, so that only their directions
-# count. (Dehghani et al. 2023, arXiv:2302.05442, known as QK-norm) (1.96)
+# large numbers. A LayerNorm brings both to the same length, so that only their
+# directions count. (Dehghani et al. 2023, arXiv:2302.05442, known as QK-norm) (1.96)
 #
 # ## Step 9: gates
 # Attention weights add up to 1, so a head hands something over even where nothing
@@ -559,8 +559,8 @@ class Head(nn.Module):
         self.query = nn.Linear(n_embd, head_size, bias=False)
         self.key = nn.Linear(n_embd, head_size, bias=False)
         self.value = nn.Linear(n_embd, head_size, bias=False)
-        self.norm = nn.LayerNorm(head_size, elementwise_affine=False)  # Step 8
-        self.gate = nn.Linear(n_embd, head_size)                       # Step 9
+        self.norm = nn.LayerNorm(head_size)                    # Step 8
+        self.gate = nn.Linear(n_embd, head_size)               # Step 9
 
     def forward(self, x):
         T = x.shape[1]
@@ -631,8 +631,8 @@ class Muon(torch.optim.Optimizer):
             gradients = torch.stack([m.grad for m in group])   # (N, rows, columns)
             mean = self.state[group[0]].setdefault("mean", torch.zeros_like(gradients))
             mean.lerp_(gradients, 1 - momentum)                # a running mean
-            newest = mean.lerp(gradients, 1 - momentum)        # Nesterov's momentum
-            size = lr * max(1, shape[0] / shape[1]) ** 0.5     # more for tall matrices
+            newest = mean.lerp(gradients, 1 - momentum)        # the newest counts again
+            size = lr * max(1, shape[0] / shape[1]) ** 0.5     # each row moves by lr
             for m, change in zip(group, equalise(newest)):
                 m.mul_(1 - lr * weight_decay)
                 m.sub_(size * change)

@@ -28,8 +28,9 @@ FOLDER = ROOT / "tests" / "steps"
 LOSSES = FOLDER / "losses.json"
 SEEDS = (1337, 1338, 1339)
 
-# What "the whole without it" means: changes to the script of the last step, before the extras.
+# What "the whole without it" means: changes to gpt.py.
 WITHOUT = {
+    "nothing": [],
     "attention": [("x = x + self.attention(self.norm1(x))", "pass")],
     "positions": [("q, k = rotate(q), rotate(k)", "pass")],
     "heads": [("n_head = 2", "n_head = 1")],
@@ -122,8 +123,8 @@ def added(old, new):
 
 def train(source, seed):
     """Run this script alone with this seed, on one core; return its last validation loss."""
-    source = re.sub(r"(?m)^seed = \d+", f"seed = {seed}", source)
-    source = source.replace("eval_interval = 100", "eval_interval = 300")
+    for name, value in {"seed": seed, "max_iters": 300, "eval_interval": 300}.items():
+        source = re.sub(rf"(?m)^{name} = \d+", f"{name} = {value}", source)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "script.py").write_text(source, encoding="utf-8")
         Path(folder, "input.txt").write_bytes((ROOT / "input.txt").read_bytes())
@@ -134,12 +135,12 @@ def train(source, seed):
 
 
 def measure(jobs):
-    """Train all scripts before the extras, and the last of them without each step."""
+    """Train all scripts before the extras, and gpt.py without each step."""
     kept = json.loads(LOSSES.read_text()) if LOSSES.exists() else {}
-    made = [item for item in scripts().items() if item[0][0].isdigit()][:-1]  # no extras
+    *made, (_, whole) = [item for item in scripts().items() if item[0][0].isdigit()]
     without = []
     for name, changes in WITHOUT.items():
-        source = made[-1][1]
+        source = whole
         for old, new in changes:
             assert old in source, old
             source = source.replace(old, new)

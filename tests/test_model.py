@@ -56,7 +56,7 @@ def reference(space, idx):
         return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
 
     def norm(x, name):
-        return F.layer_norm(x, (C,), w[f"{name}.weight"], w[f"{name}.bias"])
+        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"])
 
     def mixed(x):
         one = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
@@ -72,8 +72,7 @@ def reference(space, idx):
         for head in (f"{block}.attention.heads.{i}" for i in range(space["n_head"])):
             q, k, v = (linear(y, f"{head}.{name}") for name in ("query", "key", "value"))
             if modern:
-                q, k = ((z - z.mean(-1, keepdim=True)) / z.std(-1, keepdim=True, correction=0)
-                        for z in (q, k))
+                q, k = norm(q, f"{head}.norm"), norm(k, f"{head}.norm")
             found.append(F.scaled_dot_product_attention(turned(q), turned(k), v, is_causal=True))
             if modern:
                 found[-1] = found[-1] / (1 + (-linear(y, f"{head}.gate")).exp())
