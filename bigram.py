@@ -1,9 +1,9 @@
-"""bigram.py: the simplest language model. From one character, it guesses the next.
+"""bigram.py: the simplest language model. It guesses each character from the last one.
 
     python bigram.py   trains for a few seconds, then writes
 
-The model is a table: for each character, how likely is each other one to come next?
-gpt.py is this script with a transformer in place of the table.
+The model is a table: after this character, how likely is each other one?
+gpt.py is this script with a transformer instead of the table.
 
 Shapes in comments: B batch_size, T time (up to block_size), V vocab_size.
 """
@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 
 # %% [markdown]
-# ## Numbers to choose
-# They are not learned. Change them as you like.
+# ## Hyperparameters
+# These are the numbers that are not learned. Change them as you like.
 
 # %%
 text_file = "input.txt"  # what to learn from: any text in UTF-8
@@ -57,8 +57,9 @@ except (OSError, UnicodeError) as error:
 
 # %% [markdown]
 # ## The vocabulary
-# A model computes with numbers, so each distinct character gets one, its *id*. The
-# units it reads and writes are *tokens*: here characters, elsewhere pieces of words.
+# Models work with numbers, so we give each distinct character one: its *id*. The units
+# that a model reads and writes are its *tokens*. Ours are characters; larger models use
+# pieces of words.
 
 # %%
 chars = sorted(set(text))
@@ -79,8 +80,8 @@ def decode(ids):
 print(f"{len(text):,} characters, {vocab_size} distinct ones: {''.join(chars)!r}")
 print(f"{text[:5]!r} becomes {encode(text[:5]).tolist()}")
 
-# The last tenth is for *validation*: it is never trained on, so it shows whether the
-# model is learning to write, or only learning the text by heart.
+# The last tenth is for *validation*: we never train on it, so it shows whether the
+# model is learning to write, or only memorising the text.
 data = encode(text).to(device)
 train_data = data[:int(0.9 * len(data))]
 val_data = data[int(0.9 * len(data)):]
@@ -88,11 +89,11 @@ val_data = data[int(0.9 * len(data)):]
 # %% [markdown]
 # ## Batches
 # Each training step learns from `batch_size` pieces of text, each `block_size`
-# characters long. The targets are the inputs one character later, so every position
-# is an example of its own: given the characters up to here, which one comes next?
+# characters long. The targets are the inputs shifted by one character, so every
+# position is a training example: given the characters up to here, which one is next?
 #
-# The text is cut into pieces, which are shuffled and dealt like cards, so that all of
-# it is read equally often. When all are dealt, it is cut again, in other places.
+# We cut the text into pieces, shuffle them, and deal them out like cards, so that all
+# of it is read equally often. When they are used up, we cut again, at other places.
 
 # %%
 dealer = random.Random(seed)
@@ -102,11 +103,11 @@ deck = []  # where the pieces begin, in the order in which they are dealt
 def get_batch(step):
     """Return the inputs and the targets of this step (1, 2, ...), both (B, T)."""
     while len(deck) < step * batch_size:
-        first = dealer.randrange(block_size)  # other cuts in each pass
+        first = dealer.randrange(block_size)  # cut at other places each time
         cuts = range(first, len(train_data) - block_size, block_size)
         deck.extend(dealer.sample(cuts, len(cuts)))  # all of them, shuffled
     starts = deck[(step - 1) * batch_size:step * batch_size]
-    pieces = torch.stack([data[i:i + block_size + 1] for i in starts])  # (B, T+1)
+    pieces = torch.stack([train_data[i:i + block_size + 1] for i in starts])  # (B, T+1)
     return pieces[:, :-1], pieces[:, 1:]
 
 
@@ -116,26 +117,27 @@ for t in range(4):
 
 # %% [markdown]
 # ## What a language model does
-# From the characters so far, a language model gives every character of the
-# vocabulary a number, its *logit*: the higher, the likelier it comes next. Softmax
-# turns logits into probabilities, which are positive and add up to 1:
+# Given the characters so far, a language model gives every character in the vocabulary
+# a number, its *logit*: the higher it is, the more likely this character comes next.
+# Softmax turns logits into probabilities, which are positive and add up to 1:
 #
 # probability = exp(logit) / (sum of exp over all logits)
 #
-# The *loss* is -ln(probability of the character that really came next), averaged
-# over all positions. Guessing blindly among the 63 characters of input.txt gives ln(63)
-# = 4.14. At 1.4, the model is as unsure as if choosing among exp(1.4) = 4 characters.
+# The *loss* is -ln(probability of the character that really came next), averaged over
+# all positions. Blind guessing among the 63 characters of input.txt gives ln(63) =
+# 4.14. At 1.4, the model is as unsure as if it had to pick one of exp(1.4) = 4
+# characters.
 #
-# To train a model is to make its loss small by adjusting its *parameters*, the
-# numbers in it that are learned. The *gradient* of a parameter says how fast the
-# loss rises as this parameter rises. PyTorch finds all gradients at once, working
-# back from the loss through the model (*backpropagation*).
+# Training means adjusting the *parameters* of the model, the numbers in it that are
+# learned, so that the loss goes down. The *gradient* of a parameter tells us how fast
+# the loss rises as we raise this parameter. PyTorch finds all gradients at once, by
+# working back from the loss through the model (*backpropagation*).
 
 # %% [markdown]
 # ## The model: a table
-# The simplest model looks at one character only. Its table has a row for each
-# character: the logits of all characters that may come after it. All it can learn
-# is which pairs (*bigrams*) are common.
+# The simplest model looks at only one character. Its table has a row for each
+# character: the logits of all characters that might come next. All it can learn is
+# which pairs (*bigrams*) are common.
 
 # %%
 class LanguageModel(nn.Module):
@@ -158,9 +160,9 @@ class LanguageModel(nn.Module):
 
 # %% [markdown]
 # ## Model and optimizer
-# In each training step, an *optimizer* moves every parameter a little against its
-# gradient. AdamW takes a running mean of the gradients and divides it by their usual
-# size, so that every parameter moves by about `learning_rate`.
+# In each training step, an *optimizer* nudges every parameter in the direction that
+# lowers the loss, against its gradient. AdamW takes a running mean of the gradients and
+# divides it by their usual size, so every parameter moves by about `learning_rate`.
 
 # %%
 torch.manual_seed(seed)
@@ -169,8 +171,8 @@ optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate)]
 
 # %% [markdown]
 # ## Writing
-# One character is drawn from those that may come next, the likely ones more often.
-# It is appended to the text, and the model is asked again.
+# We draw the next character at random, the likely ones more often, append it to the
+# text, and ask the model again.
 
 # %%
 @torch.inference_mode()
@@ -191,7 +193,7 @@ def write(start, max_new_tokens, seed):
 
 # %% [markdown]
 # ## Evaluation
-# The loss is always measured on the same pieces of text, so that the same model always
+# We always measure the loss on the same pieces of text, so that the same model always
 # gets the same number.
 
 # %%
@@ -216,14 +218,14 @@ def evaluate(step):
 
 # %% [markdown]
 # ## Training
-# One training step: compute the loss of a batch, find out how each parameter changes
-# it, and move each parameter a little the other way.
+# In each training step, we compute the loss of a batch, find out how each parameter
+# affects it, and move every parameter a little the other way.
 
 # %%
 def train_step(inputs, targets):
     """Update all parameters once, using this batch, (B, T) each; return its loss."""
     logits, loss = model(inputs, targets)
-    model.zero_grad()                          # forget the gradients of the step before
+    model.zero_grad()                          # clear the gradients of the last step
     loss.backward()                            # find the gradients of the loss
     for optimizer in optimizers:
         optimizer.step()                       # move all parameters against them

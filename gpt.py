@@ -3,9 +3,9 @@
     python gpt.py                 trains for a few minutes, then writes
     python gpt.py --load=gpt.pt   writes with the saved model
 
-Part one is a small GPT, complete: you can stop there. Part two improves it. Each step
-is one idea on the way from bigram.py, the script beside this one. Skip anything marked
-Extra. Shapes in comments: B batch_size, T time, C n_embd, D head_size, V vocab_size.
+Part one builds a small but complete GPT, starting from bigram.py and adding one idea
+per step. Part two improves it. Skip anything marked Extra. Shapes in comments:
+B batch_size, T time, C n_embd, D head_size, V vocab_size.
 """
 
 # %%
@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import nn
 
 # %% [markdown]
-# ## Numbers to choose
-# Change them here, or as in `gpt.py --max_iters=300`.
+# ## Hyperparameters
+# Change them here or on the command line: `python gpt.py --max_iters=300`.
 
 # %%
 text_file = "input.txt"  # what to learn from: any text in UTF-8
@@ -36,7 +36,7 @@ eval_interval = 300      # how many steps between evaluations?
 n_embd = 192             # embedding dimension: how many numbers describe a character?
 n_head = 2               # attention heads: how many things to look for at once?
 n_layer = 4              # depth: how many blocks in a row?
-dropout = 0.0            # what share of the numbers is set to 0 in training? (Step 7)
+dropout = 0.0            # what fraction of the numbers is zeroed in training? (Step 7)
 learning_rate = 0.004    # how far does a training step move the parameters?
 max_new_tokens = 500     # how many characters should it write?
 temperature = 0.8        # below 1 favours likely characters, above 1 takes risks
@@ -44,7 +44,7 @@ seed = 1337              # random seed: the same seed gives the same run
 device = f"cuda:{os.getenv('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 # %% [markdown]
-# ## Extra: more numbers, and options
+# ## Extra: more hyperparameters, and options
 
 # %%
 muon_lr = 0.02       # the learning rate of Muon (Step 11)
@@ -90,17 +90,14 @@ try:
     text = Path(text_file).read_text(encoding="utf-8")
 except (OSError, UnicodeError) as error:
     parser.error(f"no UTF-8 text at {text_file} ({error}); put one there")
-if min(batch_size, block_size, eval_interval, n_embd, n_head, n_layer) < 1:  # Extra
-    parser.error("sizes should be at least 1")
-if n_embd % (4 * n_head):  # Extra
-    parser.error(f"{n_embd=} should be a multiple of 4 * {n_head=}")
 if os.getenv("RANK", "0") != "0":  # Extra: of several processes, only the first prints
     sys.stdout = open(os.devnull, "w")
 
 # %% [markdown]
 # ## The vocabulary
-# A model computes with numbers, so each distinct character gets one, its *id*. The
-# units it reads and writes are *tokens*: here characters, elsewhere pieces of words.
+# Models work with numbers, so we give each distinct character one: its *id*. The units
+# that a model reads and writes are its *tokens*. Ours are characters; larger models use
+# pieces of words.
 
 # %%
 chars = sorted(set(text))
@@ -123,24 +120,33 @@ def decode(ids):
 print(f"{len(text):,} characters, {vocab_size} distinct ones: {''.join(chars)!r}")
 print(f"{text[:5]!r} becomes {encode(text[:5]).tolist()}")
 
-# The last tenth is for *validation*: it is never trained on, so it shows whether the
-# model is learning to write, or only learning the text by heart.
+# The last tenth is for *validation*: we never train on it, so it shows whether the
+# model is learning to write, or only memorising the text.
 data = encode(text).to(device)
 train_data = data[:int(0.9 * len(data))]
 val_data = data[int(0.9 * len(data)):]
-if len(val_data) <= block_size:  # Extra
+
+# %% [markdown]
+# ## Extra: checks
+
+# %%
+if min(batch_size, block_size, eval_interval, n_embd, n_head, n_layer) < 1:
+    parser.error("sizes should be at least 1")
+if n_embd % (4 * n_head):
+    parser.error(f"{n_embd=} should be a multiple of 4 * {n_head=}")
+if len(val_data) <= block_size:
     parser.error(f"{text_file} should have more than {10 * block_size} characters")
-if set(prompt) - set(chars):  # Extra
+if set(prompt) - set(chars):
     parser.error(f"{set(prompt) - set(chars)} in the prompt is not in {text_file}")
 
 # %% [markdown]
 # ## Batches
 # Each training step learns from `batch_size` pieces of text, each `block_size`
-# characters long. The targets are the inputs one character later, so every position
-# is an example of its own: given the characters up to here, which one comes next?
+# characters long. The targets are the inputs shifted by one character, so every
+# position is a training example: given the characters up to here, which one is next?
 #
-# The text is cut into pieces, which are shuffled and dealt like cards, so that all of
-# it is read equally often. When all are dealt, it is cut again, in other places.
+# We cut the text into pieces, shuffle them, and deal them out like cards, so that all
+# of it is read equally often. When they are used up, we cut again, at other places.
 
 # %%
 dealer = random.Random(seed)
@@ -150,11 +156,11 @@ deck = []  # where the pieces begin, in the order in which they are dealt
 def get_batch(step):
     """Return the inputs and the targets of this step (1, 2, ...), both (B, T)."""
     while len(deck) < step * batch_size:
-        first = dealer.randrange(block_size)  # other cuts in each pass
+        first = dealer.randrange(block_size)  # cut at other places each time
         cuts = range(first, len(train_data) - block_size, block_size)
         deck.extend(dealer.sample(cuts, len(cuts)))  # all of them, shuffled
     starts = deck[(step - 1) * batch_size:step * batch_size]
-    pieces = torch.stack([data[i:i + block_size + 1] for i in starts])  # (B, T+1)
+    pieces = torch.stack([train_data[i:i + block_size + 1] for i in starts])  # (B, T+1)
     return pieces[:, :-1], pieces[:, 1:]
 
 
@@ -164,46 +170,48 @@ for t in range(4):
 
 # %% [markdown]
 # ## What a language model does
-# From the characters so far, a language model gives every character of the
-# vocabulary a number, its *logit*: the higher, the likelier it comes next. Softmax
-# turns logits into probabilities, which are positive and add up to 1:
+# Given the characters so far, a language model gives every character in the vocabulary
+# a number, its *logit*: the higher it is, the more likely this character comes next.
+# Softmax turns logits into probabilities, which are positive and add up to 1:
 #
 # probability = exp(logit) / (sum of exp over all logits)
 #
-# The *loss* is -ln(probability of the character that really came next), averaged
-# over all positions. Guessing blindly among the 63 characters of input.txt gives ln(63)
-# = 4.14. At 1.4, the model is as unsure as if choosing among exp(1.4) = 4 characters.
+# The *loss* is -ln(probability of the character that really came next), averaged over
+# all positions. Blind guessing among the 63 characters of input.txt gives ln(63) =
+# 4.14. At 1.4, the model is as unsure as if it had to pick one of exp(1.4) = 4
+# characters.
 #
-# To train a model is to make its loss small by adjusting its *parameters*, the
-# numbers in it that are learned. The *gradient* of a parameter says how fast the
-# loss rises as this parameter rises. PyTorch finds all gradients at once, working
-# back from the loss through the model (*backpropagation*).
+# Training means adjusting the *parameters* of the model, the numbers in it that are
+# learned, so that the loss goes down. The *gradient* of a parameter tells us how fast
+# the loss rises as we raise this parameter. PyTorch finds all gradients at once, by
+# working back from the loss through the model (*backpropagation*).
 
 # %% [markdown]
 # # Part one: a GPT
-# The number in brackets at the end of a section is the validation loss with everything
-# up to that point, after 300 training steps. Such models write like this:
+# GPT stands for *generative pretrained transformer*. The number in brackets that ends a
+# section is the validation loss of what we have built so far, after 300 training
+# steps. This is how models write at different losses:
 #
 # - 2.50 (bigram.py): `Athtimacowin muphe hirkend y t dinspst CAshorar ad il`
 # - 2.05 (part one): `Romerrung shour in own, and so you, and`
 # - 1.37 (gpt.py, 1,500 steps): `To pass him little time, I serve him.`
 #
 # ## Step 1: embedding
-# The simplest model is a table with a row for each character: a logit for each one that
-# may follow. That is bigram.py. But what a table learns about `a` tells it
-# nothing about `e`. So we give each character a vector of `n_embd` numbers, its
-# *embedding*, which is learned: characters that behave alike can become alike. A linear
-# layer, `lm_head`, turns a vector into logits. This knows no more than the table, but
-# now there are vectors, to which more can be added. (For the code, see `GPT`, below.)
+# The simplest model is a table with a row for each character, and in it a logit for
+# each one that might come next. That is bigram.py. But what a table learns about `a`
+# tells it nothing about `e`. So we give each character a vector of `n_embd` numbers,
+# its *embedding*, which is learned: characters that behave alike can become alike. A
+# linear layer, `lm_head`, turns a vector into logits. So far, this is no smarter than
+# the table, but now we have vectors that we can add things to. (See `GPT`, below.)
 # (2.51)
 
 # %% [markdown]
 # ## Step 2: attention
-# So far each vector only knows its own character. To guess what comes after `Rome`,
-# the model looks at the `e`. The simplest way to tell the `e` what came before it is
+# Each vector only knows about its own character. To guess what comes after `Rome`, the
+# model looks at the vector of the `e`. The simplest way to tell it what came before is
 # the *mean* of all vectors so far. As a product of matrices, this is
 # `equal_weights @ x`: row t has equal weights for the positions 0 to t, and 0 for the
-# later ones. Those must stay hidden: they are what the model has to guess.
+# later ones. Those have to stay hidden: they are what the model should guess.
 
 # %%
 may_see = torch.ones(4, 4).tril()  # row t has 1 for the positions 0 to t, and then 0
@@ -212,35 +220,36 @@ means = equal_weights @ torch.tensor([2.0, 4.0, 6.0, 8.0])
 print(f"{equal_weights}\nmeans of 2, 4, 6, 8 so far: {means.tolist()}")
 
 # %% [markdown]
-# In a plain mean all characters count alike, even uninformative ones. *Attention* is
-# a mean as well, but the model computes the weights for itself, anew for each text.
-# With three linear layers, each position makes three vectors of D numbers from its x:
+# A plain mean treats every character the same. *Attention* is also a mean, but the
+# model works out the weights itself, afresh for each text. Three linear layers turn the
+# x of each position into three vectors of D numbers:
 #
 # - the **query** says what this position is looking for,
-# - the **key** says what it has to offer to others,
-# - the **value** is what it hands over to them.
+# - the **key** says what it has to offer,
+# - the **value** is what it hands over.
 #
-# The query of the `e` in `Rome` may ask: where are the capital letters? The key of the
-# `R` says: I am one. Its value says: I am an R.
+# The query of the `e` in `Rome` might ask: where are the capital letters? The key of
+# the `R` says: I am one. Its value says: I am an R.
 #
 # The dot product of a query and a key (multiply number by number, then add up) is their
 # *score*: the better the two fit, the larger it is. Softmax turns the scores of a
-# position into attention weights, and the output is the mean of the values so weighted.
-# If the scores of `R`, `o`, `m` and `e` are 2, 0, 0 and 1, their weights are 0.61,
-# 0.08, 0.08 and 0.22, so what the `e` gets is mostly the value of the `R`. In one line:
+# position into attention weights, and the output is the mean of the values with these
+# weights. If the scores of `R`, `o`, `m` and `e` are 2, 0, 0 and 1, their weights are
+# 0.61, 0.08, 0.08 and 0.22, so what the `e` gets is mostly the value of the `R`. In one
+# line:
 #
 # attention = softmax(queries @ keys.T / sqrt(D) + mask) @ values
 #
-# The mask gives later positions a score of minus infinity, and hence a weight of 0.
+# The mask gives later positions a score of minus infinity, so their weight is 0.
 #
-# Why sqrt(D)? A score is a sum of D products, some positive, some negative. They
-# partly cancel, so it is not D times as large as one of them, but about sqrt(D)
-# times. Softmax of large scores gives nearly all the weight to one position, and
-# then a small change of the scores has hardly any effect: little can be learned.
+# Why sqrt(D)? A score is a sum of D products, some positive, some negative. They partly
+# cancel out, so the sum grows only like sqrt(D), and dividing by that keeps it small.
+# If scores were large, softmax would give nearly all the weight to one position, and a
+# small change to them would change almost nothing, so the model could hardly learn.
 # (Vaswani et al. 2017, arXiv:1706.03762)
 #
-# What attention finds is added to x, in `Block` (Step 6). On its own this gains
-# nothing: it does not know where things are. The line marked Step 3 will change that.
+# What attention finds is added to x (in `Block`, Step 6). By itself it doesn't help
+# yet, because it doesn't know where things are: the line marked Step 3 changes that.
 # (2.52)
 
 # %%
@@ -268,29 +277,29 @@ class Head(nn.Module):
 
 # %% [markdown]
 # ## Step 3: positions
-# So far, attention ignores distance. To change that, each query and key is turned by an
+# So far, attention ignores distance. To change that, we turn each query and key by an
 # angle that depends on its position. Take its numbers in pairs (here i and i + D/2),
-# and think of each pair as a clock with one hand. It moves on by, say, 10 degrees from
-# one position to the next: at position 7, a query has turned by 70 degrees, and at
+# and think of each pair as a clock with one hand, which moves on by, say, 10 degrees
+# from one position to the next: at position 7, a query has turned by 70 degrees, and at
 # position 5, a key by 50. Their dot product depends on the angle between the two hands,
 # which has changed by 20 degrees. At positions 107 and 105, it would be 20 degrees as
 # well: only the distance counts.
 #
 # This is how a head can find the character just before. Suppose all its keys start at 0
 # degrees, and all its queries at -10. At position 7, the query is turned by 70, to 60.
-# At position 6, the key is turned by 60, to 60 as well. These two fit best. This is
-# learned once, and works everywhere in the text. After 36 positions, this clock is back
-# where it was: other pairs, faster and slower clocks, tell such distances apart.
+# At position 6, the key is turned by 60, to 60 as well. These two fit best. The model
+# learns this once, and it works everywhere in the text. Other pairs turn at other
+# speeds, to tell apart the distances at which this clock fits again.
 #
-# How is a hand turned? Its tip is at (a, b). The hand (1, 0) turns to (cos, sin), and
-# (0, 1) to (-sin, cos), so (a, b) turns to a times the first plus b times the second.
+# How do we turn a hand whose tip is at (a, b)? The hand (1, 0) turns to (cos, sin), and
+# (0, 1) to (-sin, cos), so (a, b) turns to a * (cos, sin) + b * (-sin, cos).
 #
 # (Su et al. 2021, arXiv:2104.09864, known as RoPE. GPT-2 adds a learned vector for
 # each position to the embedding, which takes longer to learn.) (2.34)
 
 # %%
 # From one position to the next, the fastest clock turns by 1 radian (57 degrees), and
-# the slowest one by 1/10000, as is usual.
+# the slowest one by 1/10000.
 speeds = 10000 ** -torch.linspace(0, 1, head_size // 2)      # (D/2,)
 angles = torch.arange(block_size)[:, None] * speeds          # (T, D/2)
 cos, sin = angles.cos().to(device), angles.sin().to(device)  # each (T, D/2)
@@ -308,8 +317,9 @@ def rotate(x):
 # %% [markdown]
 # ## Step 4: several heads
 # One head has one set of weights, so it looks for one thing at a time. Several heads
-# look for several things at once, each with vectors of D = C / `n_head` numbers. Side
-# by side, their outputs are C numbers again. A linear layer, `proj`, mixes them. (2.28)
+# can look for several things at once, each with vectors of D = C / `n_head` numbers.
+# Put side by side, their outputs make C numbers again. A linear layer, `proj`, mixes
+# them. (2.28)
 
 # %%
 class MultiHeadAttention(nn.Module):
@@ -330,9 +340,9 @@ class MultiHeadAttention(nn.Module):
 # Attention gathers. Then each position draws its own conclusions. A linear layer looks
 # for `4 * n_embd` patterns in the vector: each is a row of parameters, and its dot
 # product with the vector is large where the two fit, as with query and key. ReLU sets
-# negative numbers to 0: that pattern is absent. A second linear layer turns the
-# patterns that are there into conclusions. Without ReLU in between, two linear layers
-# could do no more than one. (2.18)
+# negative numbers to 0, meaning "not found". A second linear layer turns the patterns
+# that were found into conclusions. Without ReLU in between, two linear layers could do
+# no more than one. (2.18)
 
 # %%
 class FeedForward(nn.Module):
@@ -349,13 +359,13 @@ class FeedForward(nn.Module):
 
 # %% [markdown]
 # ## Step 6: the block
-# A block is attention, then feed-forward. Each *adds* what it has found to x (a
-# *residual connection*), so that what x knows is not lost. In training, gradients pass
-# back through the sum unchanged, however many blocks there are.
+# A block is attention, then feed-forward. Each *adds* what it finds to x (a *residual
+# connection*), so that x keeps what it already knew. In training, gradients pass back
+# through the sum unchanged, however many blocks there are.
 #
-# With every addition, the numbers in x can grow. So a *LayerNorm* stands before each
-# part: it shifts and scales each vector to mean 0 and variance 1 (and then by learned
-# amounts), so that what follows reads numbers of a steady size. (2.11)
+# With every addition, the numbers in x can grow. So we put a *LayerNorm* in front of
+# each part: it shifts and scales each vector to mean 0 and variance 1 (and then by
+# learned amounts), so that what follows gets numbers of about the same size. (2.11)
 
 # %%
 class Block(nn.Module):
@@ -377,11 +387,11 @@ class Block(nn.Module):
 # %% [markdown]
 # ## Step 7: depth
 # `n_layer` blocks in a row: each can build on what the one before has found. The first
-# may put letters together into words, the second may look for the words before. (2.05)
+# might put letters together into words, and the second look at earlier words. (2.05)
 #
-# A large model can learn a small text by heart. *Dropout* works against that: in
-# training it sets numbers in the embeddings to 0 at random, so that the model hardly
-# ever sees a passage the same way twice. `model.train()` switches it on.
+# A large model can memorise a small text. *Dropout* works against that: in training,
+# it zeroes random numbers in the embeddings, so that a passage hardly ever looks the
+# same twice. `model.train()` switches it on.
 
 # %%
 class GPT(nn.Module):
@@ -412,9 +422,9 @@ class GPT(nn.Module):
 
 # %% [markdown]
 # ## Model and optimizer
-# In each training step, an *optimizer* moves every parameter a little against its
-# gradient. AdamW takes a running mean of the gradients and divides it by their usual
-# size, so that every parameter moves by about `learning_rate`.
+# In each training step, an *optimizer* nudges every parameter in the direction that
+# lowers the loss, against its gradient. AdamW takes a running mean of the gradients and
+# divides it by their usual size, so every parameter moves by about `learning_rate`.
 
 # %%
 torch.manual_seed(seed)
@@ -423,8 +433,8 @@ optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate)]
 
 # %% [markdown]
 # ## Writing
-# One character is drawn from those that may come next, the likely ones more often.
-# It is appended to the text, and the model is asked again.
+# We draw the next character at random, the likely ones more often, append it to the
+# text, and ask the model again.
 
 # %%
 @torch.inference_mode()
@@ -445,7 +455,7 @@ def write(start, max_new_tokens, seed):
 
 # %% [markdown]
 # ## Extra: 16-bit numbers
-# Multiplying them is faster on processors that have units for it.
+# Some processors multiply them faster.
 
 # %%
 fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -456,7 +466,7 @@ autocast = torch.autocast(device.split(":")[0], dtype, fast, cache_enabled=False
 
 # %% [markdown]
 # ## Evaluation
-# The loss is always measured on the same pieces of text, so that the same model always
+# We always measure the loss on the same pieces of text, so that the same model always
 # gets the same number.
 
 # %%
@@ -485,8 +495,8 @@ def evaluate(step):
 
 # %% [markdown]
 # ## Training
-# One training step: compute the loss of a batch, find out how each parameter changes
-# it, and move each parameter a little the other way.
+# In each training step, we compute the loss of a batch, find out how each parameter
+# affects it, and move every parameter a little the other way.
 
 # %%
 def train_step(inputs, targets):
@@ -494,7 +504,7 @@ def train_step(inputs, targets):
     model.train()                              # with dropout
     with autocast:                             # Extra
         logits, loss = model(inputs, targets)
-    model.zero_grad()                          # forget the gradients of the step before
+    model.zero_grad()                          # clear the gradients of the last step
     loss.backward()                            # find the gradients of the loss
     for optimizer in optimizers:
         optimizer.step()                       # move all parameters against them
@@ -503,10 +513,10 @@ def train_step(inputs, targets):
 
 
 # %% [markdown]
-# ## The plain GPT learns
-# This is a whole GPT. GPT-2 is much like it, only larger: it reads pieces of words, and
-# has learned positions and a smoother ReLU. Here are the first 100 training steps.
-# (After 300, the loss is 2.05.)
+# ## Training the plain GPT
+# This is a complete GPT. GPT-2 is basically the same, just larger: it reads pieces of
+# words, learns a vector for each position, and has a smoother ReLU. Here are the first
+# 100 training steps.
 
 # %%
 if not load:  # Extra
@@ -518,28 +528,28 @@ if not load:  # Extra
 
 # %% [markdown]
 # # Part two: improvements
-# As is common in notebooks, the cells below redefine classes: from here on, `Head` is
-# the new one, for `MultiHeadAttention` too. New lines are marked with their step.
+# The cells below redefine classes, as notebooks often do: from here on, `Head` is the
+# new one, and `MultiHeadAttention` uses it too. New lines are marked with their step.
 #
 # ## Step 8: normalised queries and keys
-# A score can be large because query and key fit, or just because one of them has
+# A score can be large because a query and a key fit, or just because one of them has
 # large numbers. A LayerNorm brings both to the same length, so that only their
 # directions count. (Dehghani et al. 2023, arXiv:2302.05442, known as QK-norm) (1.96)
 #
 # ## Step 9: gates
-# Attention weights add up to 1, so a head hands something over even where nothing
+# Attention weights add up to 1, so a head always passes something on, even if nothing
 # fits. A *gate* lets it stay silent: one more linear layer computes factors between 0
-# and 1, which scale what it found. (Qiu et al. 2025, arXiv:2505.06708)
+# and 1, which scale what the head found. (Qiu et al. 2025, arXiv:2505.06708)
 #
-# Feed-forward gets a gate in place of ReLU: a pattern counts only together with
-# another one. `silu` is a smooth ReLU. (Shazeer 2020, arXiv:2002.05202, known as
-# SwiGLU) (1.89)
+# Feed-forward gets a gate instead of ReLU: each pattern is multiplied by a second one,
+# so that both have to be there. `silu` is a smooth ReLU. (Shazeer 2020,
+# arXiv:2002.05202, known as SwiGLU) (1.89)
 #
 # ## Step 10: token shift
-# The characters just before matter most. So attention and feed-forward read them too:
-# a quarter of each vector is replaced by that of the position before, and a quarter by
-# that of the one before that. Attention could find them, but would have to learn how.
-# (After Peng et al. 2023, arXiv:2305.13048) (1.68)
+# The characters just before matter most, so we let attention and feed-forward see them
+# directly: a quarter of each vector is replaced by that of the position before, and a
+# quarter by that of the one before that. Attention could find them too, but would have
+# to learn how. (After Peng et al. 2023, arXiv:2305.13048) (1.68)
 
 # %%
 def shift(x):
@@ -592,25 +602,25 @@ class FeedForward(nn.Module):
 
 # %% [markdown]
 # ## Step 11: Muon
-# The gradient of a matrix is a matrix too. A matrix can only turn a vector, stretch it
-# along each axis by some factor, and turn it again. These factors are its *singular
-# values*. In a gradient, a few are large and most are small, though the small ones may
-# stand for things that are just as useful, only rarer. Muon makes them about equal.
-# (Jordan 2024, kellerjordan.github.io/posts/muon)
+# The gradient of a matrix is a matrix too. All a matrix can do to a vector is to rotate
+# it, stretch it along each axis by some factor, and rotate it again. These factors are
+# its *singular values*. In a gradient, a few are large and most are small, though the
+# small ones may stand for things that are just as useful, only rarer. Muon makes them
+# all about equal. (Jordan 2024, kellerjordan.github.io/posts/muon)
 #
-# How? Feel free to take it on trust. Take a number between 0.02 and 1, put it into
-# 3.4445 x - 4.7750 x^3 + 2.0315 x^5, and put the result in again, and again: from 0.03
-# you get 0.10, 0.35, 1.01. Wherever you begin, you end between 0.7 and 1.2.
-# Now let x be a matrix. In x @ x.T @ x its turns are the same, and each singular value
-# is cubed. So the same formula, with matrices, works on all of them.
+# You can skip how it does that. Take a number between 0.02 and 1, put it into
+# 3.4445 x - 4.7750 x^3 + 2.0315 x^5, then put the result in again, and again: from 0.03
+# you get 0.10, 0.35, 1.01. Wherever you start, you end up between 0.7 and 1.2. Now let
+# x be a matrix. x @ x.T @ x has the same rotations, and its singular values are cubed.
+# So the same formula, with matrices, works on all singular values at once.
 #
-# Muon moves the matrices in the blocks. AdamW moves everything else. (1.64)
+# Muon moves the matrices in the blocks, and AdamW everything else. (1.64)
 
 # %%
 def equalise(x):
     """Bring the singular values of the matrices x (N, rows, columns) to about 1."""
     if x.shape[1] > x.shape[2]:
-        return equalise(x.mT).mT  # transposing a tall matrix makes this cheaper
+        return equalise(x.mT).mT  # wide matrices are cheaper
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # now none is above 1
     x = x.to(dtype)                                    # Extra
     for _ in range(3):
@@ -631,7 +641,7 @@ class Muon(torch.optim.Optimizer):
             gradients = torch.stack([m.grad for m in group])   # (N, rows, columns)
             mean = self.state[group[0]].setdefault("mean", torch.zeros_like(gradients))
             mean.lerp_(gradients, 1 - momentum)                # a running mean
-            newest = mean.lerp(gradients, 1 - momentum)        # the newest counts again
+            newest = mean.lerp(gradients, 1 - momentum)        # the newest counts twice
             size = lr * max(1, shape[0] / shape[1]) ** 0.5     # each row moves by lr
             for m, change in zip(group, equalise(newest)):
                 m.mul_(1 - lr * weight_decay)
@@ -640,7 +650,7 @@ class Muon(torch.optim.Optimizer):
 
 # %% [markdown]
 # ## The new model
-# It begins untrained.
+# We start again from scratch.
 
 # %%
 torch.manual_seed(seed)
@@ -652,8 +662,8 @@ optimizers = [torch.optim.AdamW(others, lr=learning_rate), muon]
 
 # %% [markdown]
 # ## Step 12: learning-rate schedule
-# Long strides first, then shorter and shorter ones. Near the goal, long strides would
-# only step over it, back and forth. (1.56)
+# We take big steps first, then smaller and smaller ones: close to the goal, big steps
+# would overshoot it. (1.56)
 
 # %%
 def set_learning_rates(step):
@@ -665,9 +675,8 @@ def set_learning_rates(step):
 
 # %% [markdown]
 # ## Extra: save the best model
-# Its file holds everything needed to resume. With another text, a new run starts from
-# its parameters, and learns the new characters (*fine-tuning*). No other file is ever
-# overwritten.
+# The file has all that it takes to go on. With another text, a new run starts from the
+# model in it (*fine-tuning*). No other file is ever overwritten.
 
 # %%
 if save and not os.access(Path(save).parent, os.W_OK):
@@ -719,9 +728,9 @@ def keep(step):
 
 # %% [markdown]
 # ## Extra: several processes, a GPU
-# Each process learns from its share of a batch, and all take the mean of their
-# gradients. A GPU computes this model faster than Python can say what to compute, so
-# there the forward and backward passes are recorded once, and then replayed.
+# Each process learns from its share of a batch, and then all average their gradients.
+# A GPU computes this model faster than Python can hand it work, so there we record the
+# forward and backward passes once, and then replay them.
 
 # %%
 world, rank = int(os.getenv("WORLD_SIZE", 1)), int(os.getenv("RANK", 0))
@@ -731,15 +740,14 @@ unwrapped = model
 if world > 1:
     torch.distributed.init_process_group()
     model = nn.parallel.DistributedDataParallel(model)
-elif "cuda" in device and first_step < max_iters:
-    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+elif "cuda" in device:
     model.train()
     with autocast:
         model = torch.cuda.make_graphed_callables(model, get_batch(1))
 
 # %% [markdown]
 # ## The run
-# Ctrl-C ends it early.
+# Press Ctrl-C to stop early.
 
 # %%
 def show_progress(step, loss):
@@ -757,8 +765,8 @@ if first_step < max_iters:
 began = time.time()
 try:
     for step in range(first_step + 1, max_iters + 1):
-        torch.manual_seed((seed + step) * world + rank)  # for dropout, Step 7
-        set_learning_rates(step)                         # Step 12
+        torch.manual_seed(seed + step * world + rank)  # for dropout, Step 7
+        set_learning_rates(step)                       # Step 12
         inputs, targets = get_batch(step)
         loss = train_step(inputs[rank::world], targets[rank::world])
         show_progress(step, loss)  # Extra
@@ -784,7 +792,7 @@ for i in range(samples):
 
 # %% [markdown]
 # ## Extra: a picture
-# If matplotlib is installed: the losses, and where the heads of the last block look.
+# If you have matplotlib: the losses, and what the heads of the last block look at.
 
 # %%
 try:
@@ -794,7 +802,7 @@ try:
         figure, axes = plt.subplots(1, n_head + 1, figsize=(15, 5))
         axes[0].plot(list(losses), list(losses.values()))
         axes[0].legend(["train", "val"])
-        line = val_data[:min(32, block_size)]
+        line = inputs[0, :32]
         model(line[None])  # each head keeps its attention weights
         for axis, head in zip(axes[1:], unwrapped.blocks[-1].attention.heads):
             axis.imshow(head.weights[0].cpu())

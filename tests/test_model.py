@@ -199,8 +199,8 @@ def test_the_numbers_in_the_texts():
                                 r"([\d., and]+),", PROSE).groups()
     scores, weights = (list(map(float, re.findall(r"[\d.]+", told))) for told in (scores, weights))
     assert torch.tensor(scores).softmax(0).numpy().round(2).tolist() == pytest.approx(weights)
-    start, told, low, high = re.search(r"from ([\d.]+) you get ([\d., ]+)\. Wherever you begin, "
-                                       r"you end between ([\d.]+) and (\d\.\d)", PROSE).groups()
+    start, told, low, high = re.search(r"from ([\d.]+) you get ([\d., ]+)\. Wherever you start, "
+                                       r"you end up between ([\d.]+) and (\d\.\d)", PROSE).groups()
     x, seen = float(start), []
     for _ in told.split(", "):
         x = 3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5
