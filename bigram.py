@@ -10,7 +10,6 @@ Shapes in comments: B batch_size, T time (up to block_size), V vocab_size.
 
 # %%
 import hashlib
-import random
 import sys
 from pathlib import Path
 
@@ -57,9 +56,9 @@ except (OSError, UnicodeError) as error:
 
 # %% [markdown]
 # ## The vocabulary
-# Models work with numbers, so we give each distinct character one: its *id*. The units
-# that a model reads and writes are its *tokens*. Ours are characters; larger models use
-# pieces of words.
+# Models work with numbers, so we give each distinct character one: its *id*. What a
+# model reads and writes are its *tokens*. Ours are characters; larger models use pieces
+# of words.
 
 # %%
 chars = sorted(set(text))
@@ -93,19 +92,20 @@ val_data = data[int(0.9 * len(data)):]
 # position is a training example: given the characters up to here, which one is next?
 #
 # We cut the text into pieces, shuffle them, and deal them out like cards, so that all
-# of it is read equally often. When they are used up, we cut again, at other places.
+# of it is read equally often. When we run out, we cut it again, in other places.
 
 # %%
-dealer = random.Random(seed)
+generator = torch.Generator().manual_seed(seed)
+cuts = torch.arange(0, len(train_data) - block_size, block_size)
 deck = []  # where the pieces begin, in the order in which they are dealt
 
 
 def get_batch(step):
     """Return the inputs and the targets of this step (1, 2, ...), both (B, T)."""
     while len(deck) < step * batch_size:
-        first = dealer.randrange(block_size)  # cut at other places each time
-        cuts = range(first, len(train_data) - block_size, block_size)
-        deck.extend(dealer.sample(cuts, len(cuts)))  # all of them, shuffled
+        moved = (cuts + len(deck)) % (len(train_data) - block_size)  # cut elsewhere
+        order = torch.randperm(len(cuts), generator=generator)
+        deck.extend(moved[order].tolist())
     starts = deck[(step - 1) * batch_size:step * batch_size]
     pieces = torch.stack([train_data[i:i + block_size + 1] for i in starts])  # (B, T+1)
     return pieces[:, :-1], pieces[:, 1:]

@@ -13,7 +13,6 @@ import argparse
 import copy
 import hashlib
 import os
-import random
 import sys
 import time
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import nn
 
 # %% [markdown]
 # ## Hyperparameters
-# Change them here or on the command line: `python gpt.py --max_iters=300`.
+# Change them here (for a GPU, below), or as in `gpt.py --max_iters=300`.
 
 # %%
 text_file = "input.txt"  # what to learn from: any text in UTF-8
@@ -95,9 +94,9 @@ if os.getenv("RANK", "0") != "0":  # Extra: of several processes, only the first
 
 # %% [markdown]
 # ## The vocabulary
-# Models work with numbers, so we give each distinct character one: its *id*. The units
-# that a model reads and writes are its *tokens*. Ours are characters; larger models use
-# pieces of words.
+# Models work with numbers, so we give each distinct character one: its *id*. What a
+# model reads and writes are its *tokens*. Ours are characters; larger models use pieces
+# of words.
 
 # %%
 chars = sorted(set(text))
@@ -146,19 +145,20 @@ if set(prompt) - set(chars):
 # position is a training example: given the characters up to here, which one is next?
 #
 # We cut the text into pieces, shuffle them, and deal them out like cards, so that all
-# of it is read equally often. When they are used up, we cut again, at other places.
+# of it is read equally often. When we run out, we cut it again, in other places.
 
 # %%
-dealer = random.Random(seed)
+generator = torch.Generator().manual_seed(seed)
+cuts = torch.arange(0, len(train_data) - block_size, block_size)
 deck = []  # where the pieces begin, in the order in which they are dealt
 
 
 def get_batch(step):
     """Return the inputs and the targets of this step (1, 2, ...), both (B, T)."""
     while len(deck) < step * batch_size:
-        first = dealer.randrange(block_size)  # cut at other places each time
-        cuts = range(first, len(train_data) - block_size, block_size)
-        deck.extend(dealer.sample(cuts, len(cuts)))  # all of them, shuffled
+        moved = (cuts + len(deck)) % (len(train_data) - block_size)  # cut elsewhere
+        order = torch.randperm(len(cuts), generator=generator)
+        deck.extend(moved[order].tolist())
     starts = deck[(step - 1) * batch_size:step * batch_size]
     pieces = torch.stack([train_data[i:i + block_size + 1] for i in starts])  # (B, T+1)
     return pieces[:, :-1], pieces[:, 1:]
@@ -188,9 +188,9 @@ for t in range(4):
 
 # %% [markdown]
 # # Part one: a GPT
-# GPT stands for *generative pretrained transformer*. The number in brackets that ends a
-# section is the validation loss of what we have built so far, after 300 training
-# steps. This is how models write at different losses:
+# GPT stands for *generative pretrained transformer*. Each section ends with a number in
+# brackets: the validation loss of the model so far, after 300 training steps. This is
+# how models write at different losses:
 #
 # - 2.50 (bigram.py): `Athtimacowin muphe hirkend y t dinspst CAshorar ad il`
 # - 2.05 (part one): `Romerrung shour in own, and so you, and`
@@ -211,7 +211,7 @@ for t in range(4):
 # model looks at the vector of the `e`. The simplest way to tell it what came before is
 # the *mean* of all vectors so far. As a product of matrices, this is
 # `equal_weights @ x`: row t has equal weights for the positions 0 to t, and 0 for the
-# later ones. Those have to stay hidden: they are what the model should guess.
+# later ones. Those must stay hidden: they are what it has to guess.
 
 # %%
 may_see = torch.ones(4, 4).tril()  # row t has 1 for the positions 0 to t, and then 0
@@ -231,7 +231,7 @@ print(f"{equal_weights}\nmeans of 2, 4, 6, 8 so far: {means.tolist()}")
 # The query of the `e` in `Rome` might ask: where are the capital letters? The key of
 # the `R` says: I am one. Its value says: I am an R.
 #
-# The dot product of a query and a key (multiply number by number, then add up) is their
+# The dot product of a query and a key (multiply matching numbers, then add up) is their
 # *score*: the better the two fit, the larger it is. Softmax turns the scores of a
 # position into attention weights, and the output is the mean of the values with these
 # weights. If the scores of `R`, `o`, `m` and `e` are 2, 0, 0 and 1, their weights are
@@ -248,9 +248,9 @@ print(f"{equal_weights}\nmeans of 2, 4, 6, 8 so far: {means.tolist()}")
 # small change to them would change almost nothing, so the model could hardly learn.
 # (Vaswani et al. 2017, arXiv:1706.03762)
 #
-# What attention finds is added to x (in `Block`, Step 6). By itself it doesn't help
-# yet, because it doesn't know where things are: the line marked Step 3 changes that.
-# (2.52)
+# What attention finds is added to x (in `Block`, Step 6). By itself it gains
+# nothing: it sees which characters came before, but not in which order. The line marked
+# Step 3 changes that. (2.52)
 
 # %%
 head_size = n_embd // n_head  # called D in the shapes
@@ -269,7 +269,7 @@ class Head(nn.Module):
     def forward(self, x):
         T = x.shape[1]
         q, k, v = self.query(x), self.key(x), self.value(x)  # each (B, T, D)
-        q, k = rotate(q), rotate(k)                          # Step 3
+        q, k = rotate(q), rotate(k)                          # Step 3, below
         scores = q @ k.transpose(1, 2) / head_size**0.5      # (B, T, T)
         weights = F.softmax(scores + mask[:T, :T], dim=-1)   # (B, T, T)
         return weights @ v                                   # (B, T, D)
@@ -282,14 +282,14 @@ class Head(nn.Module):
 # and think of each pair as a clock with one hand, which moves on by, say, 10 degrees
 # from one position to the next: at position 7, a query has turned by 70 degrees, and at
 # position 5, a key by 50. Their dot product depends on the angle between the two hands,
-# which has changed by 20 degrees. At positions 107 and 105, it would be 20 degrees as
-# well: only the distance counts.
+# which has changed by 20 degrees. At positions 107 and 105, it would still be 20
+# degrees: only the distance counts.
 #
 # This is how a head can find the character just before. Suppose all its keys start at 0
 # degrees, and all its queries at -10. At position 7, the query is turned by 70, to 60.
 # At position 6, the key is turned by 60, to 60 as well. These two fit best. The model
-# learns this once, and it works everywhere in the text. Other pairs turn at other
-# speeds, to tell apart the distances at which this clock fits again.
+# learns this once, and it works everywhere in the text. This clock comes round again
+# every 36 positions. Other pairs turn at other speeds, to tell such distances apart.
 #
 # How do we turn a hand whose tip is at (a, b)? The hand (1, 0) turns to (cos, sin), and
 # (0, 1) to (-sin, cos), so (a, b) turns to a * (cos, sin) + b * (-sin, cos).
@@ -360,7 +360,7 @@ class FeedForward(nn.Module):
 # %% [markdown]
 # ## Step 6: the block
 # A block is attention, then feed-forward. Each *adds* what it finds to x (a *residual
-# connection*), so that x keeps what it already knew. In training, gradients pass back
+# connection*), so that nothing in x gets lost. In training, gradients pass back
 # through the sum unchanged, however many blocks there are.
 #
 # With every addition, the numbers in x can grow. So we put a *LayerNorm* in front of
@@ -387,11 +387,11 @@ class Block(nn.Module):
 # %% [markdown]
 # ## Step 7: depth
 # `n_layer` blocks in a row: each can build on what the one before has found. The first
-# might put letters together into words, and the second look at earlier words. (2.05)
+# might put letters together into words, and the second look at earlier words.
 #
 # A large model can memorise a small text. *Dropout* works against that: in training,
 # it zeroes random numbers in the embeddings, so that a passage hardly ever looks the
-# same twice. `model.train()` switches it on.
+# same twice. `model.train()` switches it on. (2.05)
 
 # %%
 class GPT(nn.Module):
@@ -528,8 +528,8 @@ if not load:  # Extra
 
 # %% [markdown]
 # # Part two: improvements
-# The cells below redefine classes, as notebooks often do: from here on, `Head` is the
-# new one, and `MultiHeadAttention` uses it too. New lines are marked with their step.
+# The cells below redefine classes, as notebooks often do: from here on, `GPT()` is made
+# of the new ones. New lines are marked with their step.
 #
 # ## Step 8: normalised queries and keys
 # A score can be large because a query and a key fit, or just because one of them has
@@ -539,11 +539,11 @@ if not load:  # Extra
 # ## Step 9: gates
 # Attention weights add up to 1, so a head always passes something on, even if nothing
 # fits. A *gate* lets it stay silent: one more linear layer computes factors between 0
-# and 1, which scale what the head found. (Qiu et al. 2025, arXiv:2505.06708)
+# and 2, which scale what the head found. (After Qiu et al. 2025, arXiv:2505.06708)
 #
-# Feed-forward gets a gate instead of ReLU: each pattern is multiplied by a second one,
-# so that both have to be there. `silu` is a smooth ReLU. (Shazeer 2020,
-# arXiv:2002.05202, known as SwiGLU) (1.89)
+# Feed-forward gets a gate instead of ReLU: each pattern has a partner, and only counts
+# if this is there too. `silu` is a smooth ReLU. (Shazeer 2020, arXiv:2002.05202, known
+# as SwiGLU) (1.89)
 #
 # ## Step 10: token shift
 # The characters just before matter most, so we let attention and feed-forward see them
@@ -569,8 +569,8 @@ class Head(nn.Module):
         self.query = nn.Linear(n_embd, head_size, bias=False)
         self.key = nn.Linear(n_embd, head_size, bias=False)
         self.value = nn.Linear(n_embd, head_size, bias=False)
-        self.norm = nn.LayerNorm(head_size)                    # Step 8
-        self.gate = nn.Linear(n_embd, head_size)               # Step 9
+        self.norm = nn.LayerNorm(head_size, elementwise_affine=False)  # Step 8
+        self.gate = nn.Linear(n_embd, head_size)                       # Step 9
 
     def forward(self, x):
         T = x.shape[1]
@@ -582,7 +582,7 @@ class Head(nn.Module):
         weights = F.softmax(scores + mask[:T, :T], dim=-1)     # (B, T, T)
         self.weights = weights.detach()                        # Extra: for the picture
         found = weights @ v                                    # (B, T, D)
-        return found * torch.sigmoid(self.gate(x))             # (B, T, D), Step 9
+        return found * 2 * torch.sigmoid(self.gate(x))         # (B, T, D), Step 9
 
 
 class FeedForward(nn.Module):
@@ -608,11 +608,11 @@ class FeedForward(nn.Module):
 # small ones may stand for things that are just as useful, only rarer. Muon makes them
 # all about equal. (Jordan 2024, kellerjordan.github.io/posts/muon)
 #
-# You can skip how it does that. Take a number between 0.02 and 1, put it into
-# 3.4445 x - 4.7750 x^3 + 2.0315 x^5, then put the result in again, and again: from 0.03
-# you get 0.10, 0.35, 1.01. Wherever you start, you end up between 0.7 and 1.2. Now let
-# x be a matrix. x @ x.T @ x has the same rotations, and its singular values are cubed.
-# So the same formula, with matrices, works on all singular values at once.
+# You can skip how it does that. Take a number between 0.01 and 1, put it into
+# 3.4445 x - 4.7750 x^3 + 2.0315 x^5, put the result in again, and so on: from 0.01 you
+# get 0.03, 0.12, 0.40, 1.09, 0.70. Wherever you start, you end up between 0.7 and 1.1.
+# Now let x be a matrix. x @ x.T @ x has the same rotations, and its singular values are
+# cubed. So the same formula works on all singular values at once.
 #
 # Muon moves the matrices in the blocks, and AdamW everything else. (1.64)
 
@@ -623,7 +623,7 @@ def equalise(x):
         return equalise(x.mT).mT  # wide matrices are cheaper
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # now none is above 1
     x = x.to(dtype)                                    # Extra
-    for _ in range(3):
+    for _ in range(5):
         s = x @ x.mT                                   # s @ x stands for x^3
         x = 3.4445 * x + (2.0315 * s @ s - 4.7750 * s) @ x
     return x
@@ -675,8 +675,8 @@ def set_learning_rates(step):
 
 # %% [markdown]
 # ## Extra: save the best model
-# The file has all that it takes to go on. With another text, a new run starts from the
-# model in it (*fine-tuning*). No other file is ever overwritten.
+# The file has all you need to go on. With another text, a new run starts from the model
+# in it (*fine-tuning*). No other file is ever overwritten.
 
 # %%
 if save and not os.access(Path(save).parent, os.W_OK):

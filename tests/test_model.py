@@ -56,7 +56,7 @@ def reference(space, idx):
         return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
 
     def norm(x, name):
-        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"])
+        return F.layer_norm(x, (C,), w[f"{name}.weight"], w[f"{name}.bias"])
 
     def mixed(x):
         one = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
@@ -72,10 +72,11 @@ def reference(space, idx):
         for head in (f"{block}.attention.heads.{i}" for i in range(space["n_head"])):
             q, k, v = (linear(y, f"{head}.{name}") for name in ("query", "key", "value"))
             if modern:
-                q, k = norm(q, f"{head}.norm"), norm(k, f"{head}.norm")
+                q, k = ((z - z.mean(-1, keepdim=True)) / z.std(-1, keepdim=True, correction=0)
+                        for z in (q, k))
             found.append(F.scaled_dot_product_attention(turned(q), turned(k), v, is_causal=True))
             if modern:
-                found[-1] = found[-1] / (1 + (-linear(y, f"{head}.gate")).exp())
+                found[-1] = found[-1] * 2 / (1 + (-linear(y, f"{head}.gate")).exp())
         x = x + linear(torch.cat(found, dim=-1), f"{block}.attention.proj")
         y, ff = norm(x, f"{block}.norm2"), f"{block}.feed_forward"
         y = mixed(y) if modern else y
@@ -170,7 +171,7 @@ def test_muon_does_what_pytorchs_does(gpt, monkeypatch):
     theirs = [torch.nn.Parameter(m.detach().clone()) for m in ours]
     start = [m.detach().clone() for m in ours]
     a = gpt["Muon"](ours, {"lr": 0.02})
-    b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.9, ns_steps=3)
+    b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.9)
     for _ in range(4):
         for x, y in zip(ours, theirs):
             x.grad = torch.randn_like(x)
@@ -188,7 +189,7 @@ def test_equalise_is_a_polynomial_of_each_singular_value(gpt, shape, monkeypatch
     stack = torch.randn(2, *shape) * torch.tensor([1.0, 100.0])[:, None, None]
     for m, result in zip(stack.double(), gpt["equalise"](stack)):
         u, s, v = torch.linalg.svd(m / m.norm(), full_matrices=False)
-        for _ in range(3):
+        for _ in range(5):
             s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
         torch.testing.assert_close(result.double(), u @ s.diag() @ v, rtol=1e-3, atol=1e-4)
 
@@ -206,8 +207,8 @@ def test_the_numbers_in_the_texts():
         x = 3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5
         seen.append(f"{x:.2f}")
     assert seen == told.split(", ")
-    x = np.linspace(0.02, 1, 100000)
-    for _ in range(3):
+    x = np.linspace(0.01, 1, 100000)
+    for _ in range(5):
         x = 3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5
     assert (x.min().round(1), x.max().round(1)) == (float(low), float(high))
 

@@ -90,8 +90,8 @@ def space(tmp_path_factory):
 
 def test_the_deck(space, monkeypatch):
     """Every piece once in each pass, in another order; then all again, cut at other places."""
-    size = len(space["train_data"])
-    monkeypatch.setitem(space, "data", torch.arange(size))
+    size, count = len(space["train_data"]), len(space["cuts"])
+    monkeypatch.setitem(space, "train_data", torch.arange(size))
     pieces = []
     for step in range(1, 131):
         inputs, targets = space["get_batch"](step)
@@ -99,15 +99,11 @@ def test_the_deck(space, monkeypatch):
         assert torch.equal(inputs + 1, targets)
         assert torch.equal(inputs[:, 1:], targets[:, :-1])
         pieces += [piece[0] for piece in inputs.tolist()]
-    cuts, passes = [], []
-    while len(pieces) > size // 16:
-        cuts.append(list(range(pieces[0] % 16, size - 16, 16)))
-        passes.append(pieces[:len(cuts[-1])])
-        pieces = pieces[len(cuts[-1]):]
-    assert len(passes) == 3 and len({dealt[0] % 16 for dealt in passes}) > 1
-    for cut, dealt in zip(cuts, passes):
-        assert sorted(dealt) == cut and dealt != cut
-        assert cut[0] < 16 and cut[-1] + 17 <= size  # nothing of the validation split
+    first, second = pieces[:count], pieces[count:2 * count]
+    assert sorted(first) == list(range(0, 16 * count, 16)) and count % 16
+    assert sorted(second) == sorted((start + count) % (size - 16) for start in first)
+    assert 16 * count > size - 2 * 16 and first != sorted(first) and second != sorted(second)
+    assert max(pieces) + 17 <= size  # nothing of the validation split
 
 
 def test_evaluating_and_sampling_do_not_change_the_training(tmp_path):
