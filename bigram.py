@@ -219,7 +219,7 @@ def evaluate(step):
 # %% [markdown]
 # ## Training
 # In each training step, we compute the loss of a batch, find out how each parameter
-# affects it, and move every parameter a little the other way.
+# affects it, and nudge every parameter in the direction that lowers it.
 
 # %%
 def train_step(inputs, targets):

@@ -288,8 +288,8 @@ class Head(nn.Module):
 # This is how a head can find the character just before. Suppose all its keys start at 0
 # degrees, and all its queries at -10. At position 7, the query is turned by 70, to 60.
 # At position 6, the key is turned by 60, to 60 as well. These two fit best. The model
-# learns this once, and it works everywhere in the text. This clock comes round again
-# every 36 positions. Other pairs turn at other speeds, to tell such distances apart.
+# learns this once, and it works everywhere in the text. This clock repeats every 36
+# positions. Other pairs turn at other speeds, to tell such distances apart.
 #
 # How do we turn a hand whose tip is at (a, b)? The hand (1, 0) turns to (cos, sin), and
 # (0, 1) to (-sin, cos), so (a, b) turns to a * (cos, sin) + b * (-sin, cos).
@@ -496,7 +496,7 @@ def evaluate(step):
 # %% [markdown]
 # ## Training
 # In each training step, we compute the loss of a batch, find out how each parameter
-# affects it, and move every parameter a little the other way.
+# affects it, and nudge every parameter in the direction that lowers it.
 
 # %%
 def train_step(inputs, targets):
@@ -542,8 +542,8 @@ if not load:  # Extra
 # and 2, which scale what the head found. (After Qiu et al. 2025, arXiv:2505.06708)
 #
 # Feed-forward gets a gate instead of ReLU: each pattern has a partner, and only counts
-# if this is there too. `silu` is a smooth ReLU. (Shazeer 2020, arXiv:2002.05202, known
-# as SwiGLU) (1.89)
+# if the partner shows up too. `silu` is a smooth ReLU. (Shazeer 2020,
+# arXiv:2002.05202, known as SwiGLU) (1.89)
 #
 # ## Step 10: token shift
 # The characters just before matter most, so we let attention and feed-forward see them
@@ -675,8 +675,8 @@ def set_learning_rates(step):
 
 # %% [markdown]
 # ## Extra: save the best model
-# The file has all you need to go on. With another text, a new run starts from the model
-# in it (*fine-tuning*). No other file is ever overwritten.
+# The file holds all you need to resume. With another text, a new run starts from the
+# model in it (*fine-tuning*). No other file is ever overwritten.
 
 # %%
 if save and not os.access(Path(save).parent, os.W_OK):
