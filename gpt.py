@@ -133,6 +133,9 @@ if min(batch_size, block_size, eval_interval, n_embd, n_head, n_layer) < 1:
     parser.error("sizes should be at least 1")
 if n_embd % (4 * n_head):
     parser.error(f"{n_embd=} should be a multiple of 4 * {n_head=}")
+world, rank = int(os.getenv("WORLD_SIZE", 1)), int(os.getenv("RANK", 0))
+if batch_size % world:
+    parser.error(f"{batch_size=} should be a multiple of the {world} processes")
 if len(val_data) <= block_size:
     parser.error(f"{text_file} should have more than {10 * block_size} characters")
 if set(prompt) - set(chars):
@@ -733,9 +736,6 @@ def keep(step):
 # forward and backward passes once, and then replay them.
 
 # %%
-world, rank = int(os.getenv("WORLD_SIZE", 1)), int(os.getenv("RANK", 0))
-if batch_size % world:
-    parser.error(f"{batch_size=} should be a multiple of the {world} processes")
 unwrapped = model
 if world > 1:
     torch.distributed.init_process_group()

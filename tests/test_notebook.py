@@ -86,10 +86,10 @@ def test_runs_as_a_notebook(any_book):
 def test_numbers_changed_and_run_from_there(any_book):
     numbers = {**TINY, "save": ""}
     first = any_book.run(**numbers)
-    said = any_book.run("## Numbers to choose", **{**numbers, "n_embd": 32, "block_size": 24,
+    said = any_book.run("## Hyperparameters", **{**numbers, "n_embd": 32, "block_size": 24,
                                                    "max_iters": 5, "learning_rate": 0.01})
     assert not any_book.error and list(losses(said)) == [0, 5]
-    again = any_book.run("## Numbers to choose", **numbers)
+    again = any_book.run("## Hyperparameters", **numbers)
     assert not any_book.error and losses(again) == losses(first)
 
 

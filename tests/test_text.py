@@ -159,7 +159,7 @@ def test_numbers_at_the_top_are_options(tmp_path):
     assert done.status == 0 and done.space["label_smoothing"] == 0.25
     assert done.losses[0] == pytest.approx(play("gpt.py", tmp_path, save="").losses[0], abs=1e-3)
     said = play(tmp_path / "mine.py", tmp_path, "--help").out
-    block = source.split("## Numbers to choose")[1].split("gpu_numbers =")[0]
+    block = source.split("## Hyperparameters")[1].split("gpu_numbers =")[0]
     for name in re.findall(r"(?m)^(\w+) = ", block):
         assert f"--{name} " in said
 
