@@ -1,7 +1,7 @@
 """gpt.py: a GPT that learns to write like Shakespeare, one character at a time.
 
     python gpt.py                 trains for a few minutes, then writes
-    python gpt.py --load=gpt.pt   writes with the saved model
+    python gpt.py --load=gpt.pt   starts from the saved model, and writes
 
 Part one builds a small but complete GPT, starting from bigram.py and adding one idea
 per step. Part two improves it. Skip anything marked Extra. Shapes in comments:
@@ -24,7 +24,7 @@ from torch import nn
 
 # %% [markdown]
 # ## Hyperparameters
-# Change them here (for a GPU, below), or as in `gpt.py --max_iters=300`.
+# Change them here or as in `gpt.py --max_iters=300`. A GPU uses `gpu_numbers`, below.
 
 # %%
 text_file = "input.txt"  # what to learn from: any text in UTF-8
@@ -234,21 +234,21 @@ print(f"{equal_weights}\nmeans of 2, 4, 6, 8 so far: {means.tolist()}")
 # The query of the `e` in `Rome` might ask: where are the capital letters? The key of
 # the `R` says: I am one. Its value says: I am an R.
 #
-# The dot product of a query and a key (multiply matching numbers, then add up) is their
-# *score*: the better the two fit, the larger it is. Softmax turns the scores of a
-# position into attention weights, and the output is the mean of the values with these
-# weights. If the scores of `R`, `o`, `m` and `e` are 2, 0, 0 and 1, their weights are
-# 0.61, 0.08, 0.08 and 0.22, so what the `e` gets is mostly the value of the `R`. In one
-# line:
+# The dot product of a query and a key (multiply matching numbers, then add up), divided
+# by sqrt(D), is their *score*: the better the two fit, the larger it is. Softmax turns
+# the scores of a position into attention weights, and the output is the mean of the
+# values with these weights. If the scores of `R`, `o`, `m` and `e` are 2, 0, 0 and 1,
+# their weights are 0.61, 0.08, 0.08 and 0.22, so what the `e` gets is mostly the value
+# of the `R`. In one line:
 #
 # attention = softmax(queries @ keys.T / sqrt(D) + mask) @ values
 #
 # The mask gives later positions a score of minus infinity, so their weight is 0.
 #
-# Why sqrt(D)? A score is a sum of D products, some positive, some negative. They partly
-# cancel out, so the sum grows only like sqrt(D), and dividing by that keeps it small.
-# If scores were large, softmax would give nearly all the weight to one position, and a
-# small change to them would change almost nothing, so the model could hardly learn.
+# Why sqrt(D)? A dot product is a sum of D products, some positive, some negative. They
+# partly cancel out, so it grows only like sqrt(D). If scores were large, softmax would
+# give nearly all the weight to one position, and a small change to them would change
+# almost nothing, so the model could hardly learn.
 # (Vaswani et al. 2017, arXiv:1706.03762)
 #
 # What attention finds is added to x (in `Block`, Step 6). By itself it gains
@@ -281,12 +281,12 @@ class Head(nn.Module):
 # %% [markdown]
 # ## Step 3: positions
 # So far, attention ignores distance. To change that, we turn each query and key by an
-# angle that depends on its position. Take its numbers in pairs (here i and i + D/2),
-# and think of each pair as a clock with one hand, which moves on by, say, 10 degrees
-# from one position to the next: at position 7, a query has turned by 70 degrees, and at
-# position 5, a key by 50. Their dot product depends on the angle between the two hands,
-# which has changed by 20 degrees. At positions 107 and 105, it would still be 20
-# degrees: only the distance counts.
+# angle that depends on its position. Take its numbers in pairs, and think of each pair
+# as a clock with one hand, which moves on by, say, 10 degrees from one position to the
+# next: at position 7, a query has turned by 70 degrees, and at position 5, a key by 50.
+# Their dot product depends on the angle between the two hands, which has changed by 20
+# degrees. At positions 107 and 105, it would still be 20 degrees: only the distance
+# counts.
 #
 # This is how a head can find the character just before. Suppose all its keys start at 0
 # degrees, and all its queries at -10. At position 7, the query is turned by 70, to 60.
@@ -392,9 +392,9 @@ class Block(nn.Module):
 # `n_layer` blocks in a row: each can build on what the one before has found. The first
 # might put letters together into words, and the second look at earlier words.
 #
-# A large model can memorise a small text. *Dropout* works against that: in training,
-# it zeroes random numbers in the embeddings, so that a passage hardly ever looks the
-# same twice. `model.train()` switches it on. (2.05)
+# A large model can memorise a small text. *Dropout* (off here) works against that: in
+# training, it zeroes random numbers in the embeddings, so that a passage hardly ever
+# looks the same twice. (2.05)
 
 # %%
 class GPT(nn.Module):
@@ -532,7 +532,7 @@ if not load:  # Extra
 # %% [markdown]
 # # Part two: improvements
 # The cells below redefine classes, as notebooks often do: from here on, `GPT()` is made
-# of the new ones. New lines are marked with their step.
+# of the new ones. The marks say which step a line belongs to.
 #
 # ## Step 8: normalised queries and keys
 # A score can be large because a query and a key fit, or just because one of them has
@@ -605,13 +605,15 @@ class FeedForward(nn.Module):
 
 # %% [markdown]
 # ## Step 11: Muon
+# You can take this step on trust, and go on at "The new model".
+#
 # The gradient of a matrix is a matrix too. All a matrix can do to a vector is to rotate
 # it, stretch it along each axis by some factor, and rotate it again. These factors are
 # its *singular values*. In a gradient, a few are large and most are small, though the
 # small ones may stand for things that are just as useful, only rarer. Muon makes them
 # all about equal. (Jordan 2024, kellerjordan.github.io/posts/muon)
 #
-# You can skip how it does that. Take a number between 0.01 and 1, put it into
+# How? Take a number between 0.01 and 1, put it into
 # 3.4445 x - 4.7750 x^3 + 2.0315 x^5, put the result in again, and so on: from 0.01 you
 # get 0.03, 0.12, 0.40, 1.09, 0.70. Wherever you start, you end up between 0.7 and 1.1.
 # Now let x be a matrix. x @ x.T @ x has the same rotations, and its singular values are
@@ -679,7 +681,7 @@ def set_learning_rates(step):
 # %% [markdown]
 # ## Extra: save the best model
 # The file holds all you need to resume. With another text, a new run starts from the
-# model in it (*fine-tuning*). No other file is ever overwritten.
+# model in it (*fine-tuning*). No other model is ever overwritten.
 
 # %%
 if save and not os.access(Path(save).parent, os.W_OK):
@@ -740,7 +742,7 @@ unwrapped = model
 if world > 1:
     torch.distributed.init_process_group()
     model = nn.parallel.DistributedDataParallel(model)
-elif "cuda" in device:
+elif "cuda" in device and first_step < max_iters:
     model.train()
     with autocast:
         model = torch.cuda.make_graphed_callables(model, get_batch(1))
