@@ -20,7 +20,7 @@ from torch import nn
 
 # %% [markdown]
 # ## Hyperparameters
-# These are the numbers that are not learned. Change them as you like.
+# The numbers that are not learned. Change them as you like.
 
 # %%
 text_file = "input.txt"  # what to learn from: any text in UTF-8
@@ -124,9 +124,8 @@ for t in range(4):
 # probability = exp(logit) / (sum of exp over all logits)
 #
 # The *loss* is -ln(probability of the character that really came next), averaged over
-# all positions. Blind guessing among the 63 characters of input.txt gives ln(63) =
-# 4.14. At 1.4, the model is as unsure as if it had to pick one of exp(1.4) = 4
-# characters.
+# all positions. Blind guessing among 60 characters would give ln(60) = 4.1. At 1.4, the
+# model is as unsure as if it had to pick one of exp(1.4) = 4 characters.
 #
 # Training means adjusting the *parameters* of the model, the numbers in it that are
 # learned, so that the loss goes down. The *gradient* of a parameter tells us how fast
@@ -160,9 +159,9 @@ class LanguageModel(nn.Module):
 
 # %% [markdown]
 # ## Model and optimizer
-# In each training step, an *optimizer* nudges every parameter in the direction that
-# lowers the loss, against its gradient. AdamW takes a running mean of the gradients and
-# divides it by their usual size, so every parameter moves by about `learning_rate`.
+# An *optimizer* moves every parameter against its gradient, since that lowers the loss.
+# AdamW takes a running mean of the gradients and divides it by their usual size, so
+# every parameter moves by about `learning_rate`.
 
 # %%
 torch.manual_seed(seed)
@@ -218,8 +217,8 @@ def evaluate(step):
 
 # %% [markdown]
 # ## Training
-# In each training step, we compute the loss of a batch, find out how each parameter
-# affects it, and nudge every parameter in the direction that lowers it.
+# In each training step, we compute the loss of a batch, find all gradients, and let the
+# optimizer move the parameters.
 
 # %%
 def train_step(inputs, targets):
@@ -247,7 +246,6 @@ for step in range(1, max_iters + 1):
 
 # %% [markdown]
 # ## The sample
-# What has it learned to write?
 
 # %%
 write("", max_new_tokens, seed)

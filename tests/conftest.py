@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GPT = (ROOT / "gpt.py").read_text(encoding="utf-8")
 TEXT = (ROOT / "input.txt").read_text(encoding="utf-8")
 TINY = {"n_embd": 16, "n_head": 2, "n_layer": 2, "block_size": 16, "batch_size": 4,
-        "max_iters": 10, "eval_interval": 5, "max_new_tokens": 5}
+        "max_iters": 10, "plain_iters": 2, "eval_interval": 5, "max_new_tokens": 5}
 LOSSES = r"(?m)^step (\d+): train loss (\S+), val loss (\S+)$"
 
 

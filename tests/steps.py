@@ -123,10 +123,10 @@ def added(old, new):
 
 def train(source, seed):
     """Run this script alone with this seed, on one core; return its last validation loss."""
-    numbers = {"seed": seed, "max_iters": 300, "eval_interval": 300, "max_new_tokens": 1}
+    numbers = {"seed": seed, "max_iters": 300, "plain_iters": 0, "eval_interval": 300,
+               "max_new_tokens": 1}
     for name, value in numbers.items():
         source = re.sub(rf"(?m)^{name} = \d+", f"{name} = {value}", source)
-    source = source.replace("if not load:", "if load:")  # without the plain GPT's 100 steps
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "script.py").write_text(source, encoding="utf-8")
         Path(folder, "input.txt").write_bytes((ROOT / "input.txt").read_bytes())

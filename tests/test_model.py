@@ -215,7 +215,6 @@ def test_the_numbers_in_the_texts():
 
 def test_training_is_what_it_says(tmp_path, monkeypatch):
     """A run of three steps against a loop written anew, with an AdamW of its own."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     numbers = {"max_iters": 3, "eval_interval": 3, "dropout": 0.2}
     a, b = (play("gpt.py", tmp_path, **{**numbers, "max_iters": n}).space for n in (3, 0))
@@ -251,7 +250,6 @@ def test_dropout_is_on_in_training_only(series, tmp_path):
 
 def test_sixteen_bits_where_they_are_fast(tmp_path, monkeypatch):
     """In training and evaluation; writing uses 32 bits."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     for fast, wanted in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
         space, seen = play("gpt.py", tmp_path, max_iters=0).space, []

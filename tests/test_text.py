@@ -140,7 +140,7 @@ def test_what_a_run_prints_in_a_pipe(tmp_path):
     progress = r"(?m)^step (\d+) of 110: loss \d\.\d+, \d+\.\d minutes left$"
     assert re.findall(progress, done.stdout) == ["10", "100"]
     assert re.findall(r"(?m)^step (\d+): train", done.stdout) == [
-        "0", "100", "0", "50", "100", "110"]
+        "0", "2", "0", "50", "100", "110"]
     samples = re.split(r"--- sample [12] of 2 ---\n", done.stdout)[1:]
     assert samples[0][:8] != samples[1][:8] and all(text.startswith("The") for text in samples)
     assert "\r" not in done.stdout
@@ -159,7 +159,7 @@ def test_numbers_at_the_top_are_options(tmp_path):
     assert done.status == 0 and done.space["label_smoothing"] == 0.25
     assert done.losses[0] == pytest.approx(play("gpt.py", tmp_path, save="").losses[0], abs=1e-3)
     said = play(tmp_path / "mine.py", tmp_path, "--help").out
-    block = source.split("## Hyperparameters")[1].split("gpu_numbers =")[0]
+    block = source.split("## Hyperparameters")[1].split("parser =")[0]
     for name in re.findall(r"(?m)^(\w+) = ", block):
         assert f"--{name} " in said
 
