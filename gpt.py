@@ -3,8 +3,8 @@
     python gpt.py                 trains for a few minutes, then writes
     python gpt.py --load=gpt.pt   starts from the saved model, and writes
 
-Part one builds a small but complete GPT, starting from bigram.py and adding one idea
-per step. Part two improves it. Skip anything marked Extra. Shapes in comments:
+Part one builds a small but complete GPT, one idea per step, and trains it. You can stop
+there: part two only makes it better. Skip anything marked Extra. Shapes in comments:
 B batch_size, T time, C n_embd, D head_size, V vocab_size.
 """
 
@@ -44,7 +44,7 @@ weight_decay = 0.1       # how strongly does Muon pull parameters towards 0?
 max_new_tokens = 500     # how many characters should it write?
 temperature = 0.8        # below 1 favours likely characters, above 1 takes risks
 seed = 1337              # random seed: the same seed gives the same run
-device = f"cuda:{os.getenv('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+device = "cuda" if torch.cuda.is_available() else "cpu"
 if "cuda" in device and "--device=cpu" not in sys.argv:  # a larger model
     batch_size, max_iters, eval_interval, dropout = 16, 1000, 250, 0.05
     n_embd, n_head, n_layer, momentum, weight_decay = 384, 3, 6, 0.95, 0.3
@@ -95,10 +95,12 @@ except (OSError, UnicodeError) as error:
 # ## Extra: several processes, checks, 16-bit numbers
 
 # %%
-# torchrun starts several, and each takes its share of a batch.
+# torchrun starts several. Each takes its share of a batch.
 world, rank = int(os.getenv("WORLD_SIZE", 1)), int(os.getenv("RANK", 0))
 batch_size //= world
 seed += rank
+if world > 1 and "cuda" in device:
+    torch.cuda.set_device(rank)
 if rank > 0:  # only the first one prints and saves
     sys.stdout, save = open(os.devnull, "w"), ""
 
@@ -402,9 +404,9 @@ class Block(nn.Module):
 # `n_layer` blocks in a row: each can build on what the one before has found. The first
 # might put letters together into words, and the second look at earlier words.
 #
-# A large model can memorise a small text. *Dropout* (off here) works against that: in
-# training, it zeroes random numbers in the embeddings, so that a passage hardly ever
-# looks the same twice. (2.05)
+# A large model can memorise a small text. *Dropout* works against that: in training, it
+# zeroes random numbers in the embeddings, so that a passage hardly ever looks the same
+# twice. (2.05)
 
 # %%
 class GPT(nn.Module):
@@ -734,7 +736,7 @@ def keep(step):
 
 
 # %% [markdown]
-# ## Extra: several processes, a GPU, progress
+# ## Extra: processes, a GPU, progress
 # A GPU computes this model faster than Python can hand it work, so there we record the
 # forward and backward passes once, and then replay them.
 
@@ -751,7 +753,7 @@ elif "cuda" in device and first_step < max_iters:
 
 def show_progress(step, loss):
     """Print now and then how far training has got, and how long it will take."""
-    if step == first_step + 10 or step % 100 == 0:
+    if step % 100 == 10:
         minutes = (time.time() - began) / (step - first_step) / 60  # for one step
         print(f"step {step} of {max_iters}: loss {loss:.3f}, "
               f"{minutes * (max_iters - step):.1f} minutes left", flush=True)

@@ -110,7 +110,7 @@ def test_interrupted_and_gone_on_with(book):
     thread.join()
     step = int(re.search(r"stopped; --load=stop.pt goes on from step (\d+)", said)[1])
     assert not book.error and step >= 50 and "--- sample 1 of 1 ---" in said
-    said = book.run(**{**numbers, "load": "stop.pt"}, last="## Extra: several processes, a GPU")
+    said = book.run(**{**numbers, "load": "stop.pt"}, last="## Extra: processes, a GPU")
     assert not book.error and book.do("print(first_step)") == f"{step}\n"
 
 

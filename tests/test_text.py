@@ -138,7 +138,7 @@ def test_what_a_run_prints_in_a_pipe(tmp_path):
     again = run(ROOT / "gpt.py", *numbers, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     progress = r"(?m)^step (\d+) of 110: loss \d\.\d+, \d+\.\d minutes left$"
-    assert re.findall(progress, done.stdout) == ["10", "100"]
+    assert re.findall(progress, done.stdout) == ["10", "110"]
     assert re.findall(r"(?m)^step (\d+): train", done.stdout) == [
         "0", "2", "0", "50", "100", "110"]
     samples = re.split(r"--- sample [12] of 2 ---\n", done.stdout)[1:]
@@ -169,11 +169,25 @@ def test_the_numbers_of_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     source = GPT.split("# %% [markdown]\n# ## The text")[0]
     (tmp_path / "top.py").write_text(source + "\n\ndef encode():\n    pass\n", encoding="utf-8")
-    for args, numbers in ((["--n_head=4"], ("cuda:0", 384, 4, 6, 256)),
+    for args, numbers in ((["--n_head=4"], ("cuda", 384, 4, 6, 256)),
                           (["--device=cpu"], ("cpu", 192, 2, 4, 256))):
         space = play(tmp_path / "top.py", tmp_path, *args, tiny=False).space
         assert tuple(space[name] for name in (
             "device", "n_embd", "n_head", "n_layer", "block_size")) == numbers
+
+
+def test_each_process_has_a_gpu_of_its_own(tmp_path, monkeypatch):
+    """And its share of the batch."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr(torch.cuda, "set_device", seen.append)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    source = GPT.split("# %% [markdown]\n# ## The vocabulary")[0]
+    (tmp_path / "top.py").write_text(source + "\n\ndef encode():\n    pass\n", encoding="utf-8")
+    done = play(tmp_path / "top.py", tmp_path, tiny=False)
+    assert seen == [1] and (done.space["batch_size"], done.space["save"]) == (8, "")
 
 
 @pytest.mark.parametrize("args, line", [
