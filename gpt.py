@@ -95,7 +95,7 @@ except (OSError, UnicodeError) as error:
 # ## Extra: several processes, checks, 16-bit numbers
 
 # %%
-# torchrun starts several. Each takes its share of a batch.
+# torchrun starts several processes, each with its share of a batch.
 world, rank = int(os.getenv("WORLD_SIZE", 1)), int(os.getenv("RANK", 0))
 batch_size //= world
 seed += rank
@@ -379,8 +379,8 @@ class FeedForward(nn.Module):
 # through the sum unchanged, however many blocks there are.
 #
 # With every addition, the numbers in x can grow. So we put a *LayerNorm* in front of
-# each part: it shifts and scales each vector to mean 0 and variance 1 (and then by
-# learned amounts), so that what follows gets numbers of about the same size. (2.11)
+# each part and of `lm_head`: it shifts and scales each vector to mean 0 and variance 1
+# (and then by learned amounts), so that all numbers have about the same size. (2.11)
 
 # %%
 class Block(nn.Module):
@@ -652,7 +652,7 @@ class Muon(torch.optim.Optimizer):
             gradients = torch.stack([m.grad for m in group])   # (N, rows, columns)
             mean = self.state[group[0]].setdefault("mean", torch.zeros_like(gradients))
             mean.lerp_(gradients, 1 - momentum)                # a running mean
-            newest = mean.lerp(gradients, 1 - momentum)        # the newest counts twice
+            newest = mean.lerp(gradients, 1 - momentum)        # Nesterov momentum
             size = lr * max(1, shape[0] / shape[1]) ** 0.5     # each row moves by lr
             for m, change in zip(group, equalise(newest)):
                 m.mul_(1 - lr * weight_decay)
