@@ -20,7 +20,7 @@ from torch import nn
 
 # %% [markdown]
 # ## Hyperparameters
-# The numbers that are not learned. Change them as you like.
+# The numbers that are not learned.
 
 # %%
 text_file = "input.txt"  # what to learn from: any text in UTF-8
@@ -36,8 +36,7 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 
 # %% [markdown]
 # ## The text
-# Nine plays by Shakespeare, about a million characters. The model will never see
-# anything else.
+# Nine plays by Shakespeare, about a million characters.
 
 # %%
 url = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"
@@ -56,9 +55,8 @@ except (OSError, UnicodeError) as error:
 
 # %% [markdown]
 # ## The vocabulary
-# Models work with numbers, so we give each distinct character one: its *id*. What a
-# model reads and writes are its *tokens*. Ours are characters; larger models use pieces
-# of words.
+# We give each distinct character a number, its *id*. A model reads and writes *tokens*:
+# ours are characters, those of larger models are pieces of words.
 
 # %%
 chars = sorted(set(text))
@@ -76,14 +74,14 @@ def decode(ids):
     return "".join(chars[i] for i in ids)
 
 
-print(f"{len(text):,} characters, {vocab_size} distinct ones: {''.join(chars)!r}")
+print(f"{len(text):,} characters, {vocab_size} distinct: {''.join(chars)!r}")
 print(f"{text[:5]!r} becomes {encode(text[:5]).tolist()}")
 
 # The last tenth is for *validation*: we never train on it, so it shows whether the
 # model is learning to write, or only memorising the text.
 data = encode(text).to(device)
-train_data = data[:int(0.9 * len(data))]
-val_data = data[int(0.9 * len(data)):]
+n = int(0.9 * len(data))
+train_data, val_data = data[:n], data[n:]
 
 # %% [markdown]
 # ## Batches
@@ -97,7 +95,7 @@ val_data = data[int(0.9 * len(data)):]
 # %%
 generator = torch.Generator().manual_seed(seed)
 cuts = torch.arange(0, len(train_data) - block_size, block_size)
-deck = []  # where the pieces begin, in the order in which they are dealt
+deck = []  # where the pieces begin
 
 
 def get_batch(step):
@@ -113,12 +111,12 @@ def get_batch(step):
 
 inputs, targets = get_batch(1)
 for t in range(4):
-    print(f"after {decode(inputs[0, :t + 1])!r} comes {decode(targets[0, t:t + 1])!r}")
+    print(f"after {decode(inputs[0, :t + 1])!r} comes {chars[targets[0, t]]!r}")
 
 # %% [markdown]
 # ## What a language model does
 # Given the characters so far, a language model gives every character in the vocabulary
-# a number, its *logit*: the higher it is, the more likely this character comes next.
+# a number, its *logit*: the higher it is, the likelier that character is next.
 # Softmax turns logits into probabilities, which are positive and add up to 1:
 #
 # probability = exp(logit) / (sum of exp over all logits)
@@ -129,8 +127,8 @@ for t in range(4):
 #
 # Training means adjusting the *parameters* of the model, the numbers in it that are
 # learned, so that the loss goes down. The *gradient* of a parameter tells us how fast
-# the loss rises as we raise this parameter. PyTorch finds all gradients at once, by
-# working back from the loss through the model (*backpropagation*).
+# the loss rises as we raise it. PyTorch finds all gradients at once, by working back
+# from the loss through the model (*backpropagation*).
 
 # %% [markdown]
 # ## The model: a table
@@ -158,15 +156,26 @@ class LanguageModel(nn.Module):
 
 
 # %% [markdown]
-# ## Model and optimizer
+# ## Model and training step
 # An *optimizer* moves every parameter against its gradient, since that lowers the loss.
-# AdamW takes a running mean of the gradients and divides it by their usual size, so
-# every parameter moves by about `learning_rate`.
+# AdamW divides a running mean of each gradient by that gradient's usual size, so every
+# parameter moves by about `learning_rate`.
 
 # %%
 torch.manual_seed(seed)
 model = LanguageModel().to(device)
 optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate)]
+
+
+def train_step(inputs, targets):
+    """Update all parameters once, using this batch, (B, T) each; return its loss."""
+    logits, loss = model(inputs, targets)
+    model.zero_grad()                          # clear the gradients of the last step
+    loss.backward()                            # find the gradients of the loss
+    for optimizer in optimizers:
+        optimizer.step()                       # move all parameters against them
+    return loss
+
 
 # %% [markdown]
 # ## Writing
@@ -192,13 +201,12 @@ def write(start, max_new_tokens, seed):
 
 # %% [markdown]
 # ## Evaluation
-# We always measure the loss on the same pieces of text, so that the same model always
-# gets the same number.
+# We always measure the loss on the same pieces of text.
 
 # %%
 @torch.inference_mode()
 def estimate_loss(data):
-    """Return the mean loss over data (ids), in nats (ln, not log2) per character."""
+    """Return the mean loss over data (ids), in nats per character."""
     pieces = data.unfold(0, size=block_size + 1, step=block_size)  # (pieces, T+1)
     total = 0.0
     for batch in pieces.split(batch_size):
@@ -213,22 +221,6 @@ def evaluate(step):
     val_loss = estimate_loss(val_data[:2**18])      # all, if it is not huge
     print(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
     write("", 80, seed)
-
-
-# %% [markdown]
-# ## Training
-# In each training step, we compute the loss of a batch, find all gradients, and let the
-# optimizer move the parameters.
-
-# %%
-def train_step(inputs, targets):
-    """Update all parameters once, using this batch, (B, T) each; return its loss."""
-    logits, loss = model(inputs, targets)
-    model.zero_grad()                          # clear the gradients of the last step
-    loss.backward()                            # find the gradients of the loss
-    for optimizer in optimizers:
-        optimizer.step()                       # move all parameters against them
-    return loss
 
 
 # %% [markdown]

@@ -24,7 +24,7 @@ from torch import nn
 
 # %% [markdown]
 # ## Hyperparameters
-# The numbers that are not learned. Change them as you like.
+# The numbers that are not learned.
 
 # %%
 text_file = "input.txt"  # what to learn from: any text in UTF-8
@@ -74,8 +74,7 @@ globals().update(options)
 
 # %% [markdown]
 # ## The text
-# Nine plays by Shakespeare, about a million characters. The model will never see
-# anything else.
+# Nine plays by Shakespeare, about a million characters.
 
 # %%
 url = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"
@@ -124,9 +123,8 @@ autocast = torch.autocast(device.split(":")[0], dtype, fast, cache_enabled=False
 
 # %% [markdown]
 # ## The vocabulary
-# Models work with numbers, so we give each distinct character one: its *id*. What a
-# model reads and writes are its *tokens*. Ours are characters; larger models use pieces
-# of words.
+# We give each distinct character a number, its *id*. A model reads and writes *tokens*:
+# ours are characters, those of larger models are pieces of words.
 
 # %%
 chars = sorted(set(text))
@@ -146,14 +144,14 @@ def decode(ids):
     return "".join(chars[i] for i in ids)
 
 
-print(f"{len(text):,} characters, {vocab_size} distinct ones: {''.join(chars)!r}")
+print(f"{len(text):,} characters, {vocab_size} distinct: {''.join(chars)!r}")
 print(f"{text[:5]!r} becomes {encode(text[:5]).tolist()}")
 
 # The last tenth is for *validation*: we never train on it, so it shows whether the
 # model is learning to write, or only memorising the text.
 data = encode(text).to(device)
-train_data = data[:int(0.9 * len(data))]
-val_data = data[int(0.9 * len(data)):]
+n = int(0.9 * len(data))
+train_data, val_data = data[:n], data[n:]
 
 # %% [markdown]
 # ## Batches
@@ -167,7 +165,7 @@ val_data = data[int(0.9 * len(data)):]
 # %%
 generator = torch.Generator().manual_seed(seed)
 cuts = torch.arange(0, len(train_data) - block_size, block_size)
-deck = []  # where the pieces begin, in the order in which they are dealt
+deck = []  # where the pieces begin
 
 
 def get_batch(step):
@@ -183,12 +181,12 @@ def get_batch(step):
 
 inputs, targets = get_batch(1)
 for t in range(4):
-    print(f"after {decode(inputs[0, :t + 1])!r} comes {decode(targets[0, t:t + 1])!r}")
+    print(f"after {decode(inputs[0, :t + 1])!r} comes {chars[targets[0, t]]!r}")
 
 # %% [markdown]
 # ## What a language model does
 # Given the characters so far, a language model gives every character in the vocabulary
-# a number, its *logit*: the higher it is, the more likely this character comes next.
+# a number, its *logit*: the higher it is, the likelier that character is next.
 # Softmax turns logits into probabilities, which are positive and add up to 1:
 #
 # probability = exp(logit) / (sum of exp over all logits)
@@ -199,8 +197,8 @@ for t in range(4):
 #
 # Training means adjusting the *parameters* of the model, the numbers in it that are
 # learned, so that the loss goes down. The *gradient* of a parameter tells us how fast
-# the loss rises as we raise this parameter. PyTorch finds all gradients at once, by
-# working back from the loss through the model (*backpropagation*).
+# the loss rises as we raise it. PyTorch finds all gradients at once, by working back
+# from the loss through the model (*backpropagation*).
 
 # %% [markdown]
 # # Part one: a GPT
@@ -213,32 +211,31 @@ for t in range(4):
 # - 1.37 (gpt.py, 1,500 steps): `To pass him little time, I serve him.`
 #
 # ## Step 1: embedding
-# The simplest model is a table with a row for each character, and in it a logit for
-# each one that might come next. That is bigram.py. But what a table learns about `a`
-# tells it nothing about `e`. So we give each character a vector of `n_embd` numbers,
-# its *embedding*, which is learned: characters that behave alike can become alike. A
-# linear layer, `lm_head`, turns a vector into logits. So far, this is no smarter than
-# the table, but now we have vectors that we can add things to. (See `GPT`, below.)
-# (2.51)
+# The simplest model is a table with a row for each character, holding a logit for each
+# one that might come next. That is bigram.py. But what a table learns about `a` tells
+# it nothing about `e`. So we give each character a vector of `n_embd` numbers, its
+# *embedding*, which is learned: characters that behave alike can become alike. A linear
+# layer, `lm_head`, turns a vector into logits. So far, this is no smarter than the
+# table, but now we have vectors that we can add things to. See `GPT`, below. (2.51)
 
 # %% [markdown]
 # ## Step 2: attention
 # Each vector only knows about its own character. To guess what comes after `Rome`, the
-# model looks at the vector of the `e`. The simplest way to tell it what came before is
-# the *mean* of all vectors so far. As a product of matrices, this is
-# `equal_weights @ x`: row t has equal weights for the positions 0 to t, and 0 for the
-# later ones. Those must stay hidden: they are what it has to guess.
+# model looks at the vector of the `e`. The simplest way to add what came before is the
+# *mean* of all vectors so far. As a matrix product, this is `equal_weights @ x`: row t
+# has equal weights for positions 0 to t, and 0 for later ones. Those must stay hidden:
+# they are what it has to guess.
 
 # %%
-may_see = torch.ones(4, 4).tril()  # row t has 1 for the positions 0 to t, and then 0
+may_see = torch.ones(4, 4).tril()  # row t is 1 at positions 0 to t, then 0
 equal_weights = may_see / may_see.sum(dim=1, keepdim=True)
 means = equal_weights @ torch.tensor([2.0, 4.0, 6.0, 8.0])
 print(f"{equal_weights}\nmeans of 2, 4, 6, 8 so far: {means.tolist()}")
 
 # %% [markdown]
 # A plain mean treats every character the same. *Attention* is also a mean, but the
-# model works out the weights itself, afresh for each text. Three linear layers turn the
-# x of each position into three vectors of D numbers:
+# model works out the weights itself, afresh for each text. Three linear layers turn
+# each position's vector x into three vectors of D numbers:
 #
 # - the **query** says what this position is looking for,
 # - the **key** says what it has to offer,
@@ -252,7 +249,7 @@ print(f"{equal_weights}\nmeans of 2, 4, 6, 8 so far: {means.tolist()}")
 # the scores of a position into attention weights, and the output is the mean of the
 # values with these weights. If the scores of `R`, `o`, `m` and `e` are 2, 0, 0 and 1,
 # their weights are 0.61, 0.08, 0.08 and 0.22, so what the `e` gets is mostly the value
-# of the `R`. In one line:
+# of the `R`.
 #
 # attention = softmax(queries @ keys.T / sqrt(D) + mask) @ values
 #
@@ -265,8 +262,7 @@ print(f"{equal_weights}\nmeans of 2, 4, 6, 8 so far: {means.tolist()}")
 # (Vaswani et al. 2017, arXiv:1706.03762)
 #
 # What attention finds is added to x (in `Block`, Step 6). By itself it gains
-# nothing: it sees which characters came before, but not in which order. The line marked
-# Step 3 changes that. (2.52)
+# nothing: it sees which characters came before, but not in what order. (2.52)
 
 # %%
 head_size = n_embd // n_head  # called D in the shapes
@@ -286,7 +282,7 @@ class Head(nn.Module):
         T = x.shape[1]
         q, k, v = self.query(x), self.key(x), self.value(x)  # each (B, T, D)
         q, k = rotate(q), rotate(k)                          # Step 3, below
-        scores = q @ k.transpose(1, 2) / head_size**0.5      # (B, T, T)
+        scores = q @ k.mT / head_size**0.5                   # (B, T, T)
         weights = F.softmax(scores + mask[:T, :T], dim=-1)   # (B, T, T)
         return weights @ v                                   # (B, T, D)
 
@@ -296,21 +292,21 @@ class Head(nn.Module):
 # So far, attention ignores distance. To change that, we turn each query and key by an
 # angle that depends on its position. Take its numbers in pairs, and think of each pair
 # as a clock with one hand, which moves on by, say, 10 degrees from one position to the
-# next: at position 7, a query has turned by 70 degrees, and at position 5, a key by 50.
+# next: a query at position 7 has turned by 70 degrees, and a key at position 5 by 50.
 # Their dot product depends on the angle between the two hands, which has changed by 20
 # degrees. At positions 107 and 105, it would still be 20 degrees: only the distance
 # counts.
 #
 # This is how a head can find the character just before. Suppose all its keys start at 0
 # degrees, and all its queries at -10. At position 7, the query is turned by 70, to 60.
-# At position 6, the key is turned by 60, to 60 as well. These two fit best. The model
-# learns this once, and it works everywhere in the text. This clock repeats every 36
-# positions. Other pairs turn at other speeds, to tell such distances apart.
+# At position 6, the key is turned by 60, to 60 as well. These two fit best. This
+# clock repeats every 36 positions, but other pairs turn at other speeds, and tell the
+# laps apart.
 #
 # How do we turn a hand whose tip is at (a, b)? The hand (1, 0) turns to (cos, sin), and
 # (0, 1) to (-sin, cos), so (a, b) turns to a * (cos, sin) + b * (-sin, cos).
 #
-# (Su et al. 2021, arXiv:2104.09864, known as RoPE) (2.34)
+# (RoPE: Su et al. 2021, arXiv:2104.09864) (2.34)
 
 # %%
 # From one position to the next, the fastest clock turns by 1 radian (57 degrees), and
@@ -332,7 +328,7 @@ def rotate(x):
 # %% [markdown]
 # ## Step 4: several heads
 # One head has one set of weights, so it looks for one thing at a time. Several heads
-# can look for several things at once, each with vectors of D = C / `n_head` numbers.
+# look for several things at once, each with vectors of D = C / `n_head` numbers.
 # Put side by side, their outputs make C numbers again. A linear layer, `proj`, mixes
 # them. (2.28)
 
@@ -353,11 +349,11 @@ class MultiHeadAttention(nn.Module):
 # %% [markdown]
 # ## Step 5: feed-forward
 # Attention gathers. Then each position draws its own conclusions. A linear layer looks
-# for `4 * n_embd` patterns in the vector: each is a row of parameters, and its dot
-# product with the vector is large where the two fit, as with query and key. ReLU sets
-# negative numbers to 0, meaning "not found". A second linear layer turns the patterns
-# that were found into conclusions. Without ReLU in between, two linear layers could do
-# no more than one. (2.18)
+# for `4 * n_embd` patterns in the vector: each row of its parameters is one, and its
+# dot product with the vector is large where the two fit, as with query and key. ReLU
+# sets negative numbers to 0, meaning "not found". A second linear layer turns the
+# patterns that were found into conclusions. Without ReLU in between, two linear layers
+# could do no more than one. (2.18)
 
 # %%
 class FeedForward(nn.Module):
@@ -378,8 +374,8 @@ class FeedForward(nn.Module):
 # connection*), so that nothing in x gets lost. In training, gradients pass back
 # through the sum unchanged, however many blocks there are.
 #
-# With every addition, the numbers in x can grow. So we put a *LayerNorm* in front of
-# each part and of `lm_head`: it shifts and scales each vector to mean 0 and variance 1
+# With every addition, the numbers in x can grow. So we put a *LayerNorm* before each
+# part and before `lm_head`: it shifts and scales each vector to mean 0 and variance 1
 # (and then by learned amounts), so that all numbers have about the same size. (2.11)
 
 # %%
@@ -401,7 +397,7 @@ class Block(nn.Module):
 
 # %% [markdown]
 # ## Step 7: depth
-# `n_layer` blocks in a row: each can build on what the one before has found. The first
+# `n_layer` blocks in a row: each can build on what the one before found. The first
 # might put letters together into words, and the second look at earlier words.
 #
 # A large model can memorise a small text. *Dropout* works against that: in training, it
@@ -436,15 +432,29 @@ class GPT(nn.Module):
 
 
 # %% [markdown]
-# ## Model and optimizer
+# ## Model and training step
 # An *optimizer* moves every parameter against its gradient, since that lowers the loss.
-# AdamW takes a running mean of the gradients and divides it by their usual size, so
-# every parameter moves by about `learning_rate`.
+# AdamW divides a running mean of each gradient by that gradient's usual size, so every
+# parameter moves by about `learning_rate`.
 
 # %%
 torch.manual_seed(seed)
 model = GPT().to(device)
 optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate)]
+
+
+def train_step(inputs, targets):
+    """Update all parameters once, using this batch, (B, T) each; return its loss."""
+    model.train()                              # with dropout
+    with autocast:                             # Extra
+        logits, loss = model(inputs, targets)
+    model.zero_grad()                          # clear the gradients of the last step
+    loss.backward()                            # find the gradients of the loss
+    for optimizer in optimizers:
+        optimizer.step()                       # move all parameters against them
+    model.eval()                               # no dropout in anything else
+    return loss
+
 
 # %% [markdown]
 # ## Writing
@@ -470,13 +480,12 @@ def write(start, max_new_tokens, seed):
 
 # %% [markdown]
 # ## Evaluation
-# We always measure the loss on the same pieces of text, so that the same model always
-# gets the same number.
+# We always measure the loss on the same pieces of text.
 
 # %%
 @torch.inference_mode()
 def estimate_loss(data):
-    """Return the mean loss over data (ids), in nats (ln, not log2) per character."""
+    """Return the mean loss over data (ids), in nats per character."""
     pieces = data.unfold(0, size=block_size + 1, step=block_size)  # (pieces, T+1)
     total = 0.0
     for batch in pieces.split(batch_size):
@@ -491,29 +500,10 @@ def evaluate(step):
     train_loss = estimate_loss(train_data[:2**15])  # a part is enough
     val_loss = estimate_loss(val_data[:2**18])      # all, if it is not huge
     print(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
-    if val_loss != val_loss:  # Extra
+    if val_loss != val_loss:  # Extra: it is nan
         parser.error("the loss is no longer a number; try lower learning rates")
     write("", 80, seed)
     return train_loss, val_loss  # Extra
-
-
-# %% [markdown]
-# ## Training
-# In each training step, we compute the loss of a batch, find all gradients, and let the
-# optimizer move the parameters.
-
-# %%
-def train_step(inputs, targets):
-    """Update all parameters once, using this batch, (B, T) each; return its loss."""
-    model.train()                              # with dropout
-    with autocast:                             # Extra
-        logits, loss = model(inputs, targets)
-    model.zero_grad()                          # clear the gradients of the last step
-    loss.backward()                            # find the gradients of the loss
-    for optimizer in optimizers:
-        optimizer.step()                       # move all parameters against them
-    model.eval()                               # no dropout in anything else
-    return loss
 
 
 # %% [markdown]
@@ -532,18 +522,15 @@ if plain_iters and not load:
     write("", max_new_tokens, seed + 1)
 
 # %% [markdown]
-# This is the end of part one, and all it takes to train a GPT. With the improvements of
-# part two, it learns faster: 300 training steps give 1.56 instead of 2.05.
-
-# %% [markdown]
 # # Part two: improvements
-# The cells below redefine classes: from here on, `GPT()` is made of the new ones. The
-# marks say which step a line belongs to.
+# Part one is all it takes to train a GPT. With these improvements, it learns faster:
+# 300 training steps give 1.56 instead of 2.05. The cells below redefine classes: from
+# here on, `GPT()` is made of the new ones.
 #
 # ## Step 8: normalised queries and keys
 # A score can be large because a query and a key fit, or just because one of them has
 # large numbers. A LayerNorm brings both to the same length, so that only their
-# directions count. (Dehghani et al. 2023, arXiv:2302.05442, known as QK-norm) (1.96)
+# directions count. (QK-norm: Dehghani et al. 2023, arXiv:2302.05442) (1.96)
 #
 # ## Step 9: gates
 # Attention weights add up to 1, so a head always passes something on, even if nothing
@@ -551,14 +538,14 @@ if plain_iters and not load:
 # and 2, which scale what the head found. (After Qiu et al. 2025, arXiv:2505.06708)
 #
 # Feed-forward gets a gate instead of ReLU: each pattern has a partner, and only counts
-# if the partner shows up too. `silu` is a smooth ReLU. (Shazeer 2020,
-# arXiv:2002.05202, known as SwiGLU) (1.89)
+# if the partner shows up too. `silu` is a smooth ReLU. (SwiGLU:
+# Shazeer 2020, arXiv:2002.05202) (1.89)
 #
 # ## Step 10: token shift
 # The characters just before matter most, so we let attention and feed-forward see them
-# directly: a quarter of each vector is replaced by that of the position before, and a
-# quarter by that of the one before that. Attention could find them too, but would have
-# to learn how. (After Peng et al. 2023, arXiv:2305.13048) (1.68)
+# directly: a quarter of each vector comes from the position before, and a quarter from
+# the one before that. Attention could find them too, but would have to learn how.
+# (After Peng et al. 2023, arXiv:2305.13048) (1.68)
 
 # %%
 def shift(x):
@@ -587,7 +574,7 @@ class Head(nn.Module):
         q, k, v = self.query(x), self.key(x), self.value(x)    # each (B, T, D)
         q, k = self.norm(q), self.norm(k)                      # Step 8
         q, k = rotate(q), rotate(k)
-        scores = q @ k.transpose(1, 2) / head_size**0.5        # (B, T, T)
+        scores = q @ k.mT / head_size**0.5                     # (B, T, T)
         weights = F.softmax(scores + mask[:T, :T], dim=-1)     # (B, T, T)
         self.weights = weights.detach()                        # Extra: for the picture
         found = weights @ v                                    # (B, T, D)
@@ -599,7 +586,7 @@ class FeedForward(nn.Module):
 
     def __init__(self):
         super().__init__()
-        size = 8 * n_embd // 3  # instead of 4 * n_embd, because there are three layers
+        size = 8 * n_embd // 3  # three layers as large as two of 4 * n_embd
         self.gate = nn.Linear(n_embd, size)                  # Step 9
         self.up = nn.Linear(n_embd, size)
         self.down = nn.Linear(size, n_embd)
@@ -611,9 +598,9 @@ class FeedForward(nn.Module):
 
 # %% [markdown]
 # ## Step 11: Muon
-# You can take this step on trust, and go on at "The new model".
+# You can take this step on trust, and skip to "The new model".
 #
-# The gradient of a matrix is a matrix too. All a matrix can do to a vector is to rotate
+# The gradient of a matrix is a matrix too. All a matrix can do to a vector is rotate
 # it, stretch it along each axis by some factor, and rotate it again. These factors are
 # its *singular values*. In a gradient, a few are large and most are small, though the
 # small ones may stand for things that are just as useful, only rarer. Muon makes them
@@ -661,7 +648,6 @@ class Muon(torch.optim.Optimizer):
 
 # %% [markdown]
 # ## The new model
-# We start from scratch.
 
 # %%
 torch.manual_seed(seed)
@@ -686,8 +672,8 @@ def set_learning_rates(step):
 
 # %% [markdown]
 # ## Extra: the saved model
-# The file holds all you need to resume, or to start from it with another text
-# (*fine-tuning*). No other model is ever overwritten.
+# The file holds all you need to resume, or to carry on with another text
+# (*fine-tuning*).
 
 # %%
 fingerprint = hashlib.sha256(text.encode()).hexdigest()
@@ -725,7 +711,7 @@ def keep(step):
     best["options"] = options
     if not save:
         return
-    if not file:  # the first name that no other file has
+    if not file:  # the first free name
         file, number = Path(save), 1
         while file.exists():
             number += 1
@@ -737,8 +723,8 @@ def keep(step):
 
 # %% [markdown]
 # ## Extra: processes, a GPU, progress
-# A GPU computes this model faster than Python can hand it work, so there we record the
-# forward and backward passes once, and then replay them.
+# A GPU runs this model faster than Python can hand it work, so we record the forward
+# and backward passes once, and then replay them.
 
 # %%
 unwrapped = model
@@ -752,7 +738,7 @@ elif "cuda" in device and first_step < max_iters:
 
 
 def show_progress(step, loss):
-    """Print now and then how far training has got, and how long it will take."""
+    """Now and then, print how far training has got, and how long is left."""
     if step % 100 == 10:
         minutes = (time.time() - began) / (step - first_step) / 60  # for one step
         print(f"step {step} of {max_iters}: loss {loss:.3f}, "
@@ -781,7 +767,7 @@ try:
             keep(step)  # Extra
 except KeyboardInterrupt:  # Extra
     print(f"\nstopped; --load={file} goes on from step {best['step']}" if file else
-          "\nstopped; nothing is saved")
+          "\nstopped; nothing was saved")
 
 # %% [markdown]
 # ## The sample

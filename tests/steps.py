@@ -28,7 +28,7 @@ FOLDER = ROOT / "tests" / "steps"
 LOSSES = FOLDER / "losses.json"
 SEEDS = (1337, 1338, 1339)
 
-# What "the whole without it" means: changes to gpt.py.
+# What "`gpt.py` without it" means: changes to gpt.py.
 WITHOUT = {
     "nothing": [],
     "attention": [("x = x + self.attention(self.norm1(x))", "pass")],
@@ -169,7 +169,7 @@ def told(losses):
 def table():
     """Return the table of all steps, and the chart, in Markdown."""
     kept, made = json.loads(LOSSES.read_text()), list(scripts().items())
-    rows = ["| step | lines of code | loss with it | the whole without it |", "|---|---|---|---|",
+    rows = ["| step | lines of code | loss with it | `gpt.py` without it |", "|---|---|---|---|",
             f"| 0 [a table](bigram.py) | | {told(kept['bigram'])} | |"]
     for path, (_, old), (_, new) in zip(patches()[:-1], made, made[1:]):
         title, name = path.read_text("utf-8").split("\n")[0][5:].replace(":", "", 1), path.stem[3:]

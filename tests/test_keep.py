@@ -67,7 +67,7 @@ def test_going_on_after_ctrl_c_is_as_if_it_had_not_been(whole, tmp_path):
 
 def test_ctrl_c_before_the_first_evaluation_says_that_nothing_is_kept(tmp_path):
     done = play("gpt.py", tmp_path, stop=press("step 10 of 20"), eval_interval=20, max_iters=20)
-    assert done.status == 0 and "nothing is saved" in done.out and set(files(tmp_path)) == {
+    assert done.status == 0 and "nothing was saved" in done.out and set(files(tmp_path)) == {
         "input.txt"}
 
 

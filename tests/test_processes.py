@@ -54,7 +54,7 @@ def test_only_the_first_process_speaks_and_saves(tmp_path):
     said = both.stdout[both.stdout.index(" parameters on"):]
     losses = [float(loss) for loss in re.findall(r"(?m)^step .* val loss (\S+)", said)]
     assert len(losses) == 9 and losses[8] < losses[0] - 0.05
-    for line in ("distinct ones", "parameters on cpu", "--- sample 1 of 1 ---", "saved as gpt.pt"):
+    for line in (" distinct: ", "parameters on cpu", "--- sample 1 of 1 ---", "saved as gpt.pt"):
         assert both.stdout.count(line) == 1
     names = {path.name for path in (tmp_path / "both").iterdir()}
     assert {"gpt.pt", "input.txt"} <= names <= {"gpt.pt", "gpt.pt.png", "input.txt"}
