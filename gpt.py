@@ -94,11 +94,13 @@ except (OSError, UnicodeError) as error:
 # ## Extra: several processes, checks, 16-bit numbers
 
 # %%
+options = {name: globals()[name] for name in options}  # as a notebook may set them
+
 # torchrun starts several processes, each with its share of a batch.
 world, rank = int(os.getenv("WORLD_SIZE", 1)), int(os.getenv("RANK", 0))
 batch_size //= world
 seed += rank
-if world > 1 and "cuda" in device:
+if "cuda" in device:
     torch.cuda.set_device(rank)
 if rank > 0:  # only the first one prints and saves
     sys.stdout, save = open(os.devnull, "w"), ""
@@ -109,8 +111,6 @@ if n_embd % (4 * n_head):
     parser.error(f"{n_embd=} should be a multiple of 4 * {n_head=}")
 if len(text) <= 10 * block_size:
     parser.error(f"{text_file} should have more than {10 * block_size} characters")
-if set(prompt) - set(text):
-    parser.error(f"{set(prompt) - set(text)} in the prompt is not in {text_file}")
 if save and not os.access(Path(save).parent, os.W_OK):
     parser.error(f"{save=} is not in a writable folder")
 
@@ -130,6 +130,8 @@ autocast = torch.autocast(device.split(":")[0], dtype, fast, cache_enabled=False
 chars = sorted(set(text))
 if load:  # Extra: its characters keep their ids, new ones come after them
     chars = checkpoint["chars"] + sorted(set(text) - set(checkpoint["chars"]))
+if set(prompt) - set(chars):  # Extra
+    parser.error(f"{set(prompt) - set(chars)} in the prompt is not in {text_file}")
 vocab_size = len(chars)
 char_to_id = {char: i for i, char in enumerate(chars)}
 

@@ -212,3 +212,11 @@ def test_a_save_that_fails_leaves_the_old_file_whole(whole, tmp_path, monkeypatc
     with pytest.raises(OSError, match="No space"):
         play("gpt.py", tmp_path, "--load=gpt.pt", "--max_iters=25", tiny=False)
     assert {**files(tmp_path), "gpt.pt.part": b""} == {**before, "gpt.pt.part": b""}
+
+
+def test_a_prompt_needs_characters_of_the_model_only(tmp_path):
+    """Not of the text: one that was saved with the model goes along to another text."""
+    assert play("gpt.py", tmp_path, prompt="ROMEO:", save="a.pt").status == 0
+    (tmp_path / "other.txt").write_text(TEXT[:3000].lower(), encoding="utf-8")
+    done = play("gpt.py", tmp_path, load="a.pt", save="b.pt", text_file="other.txt")
+    assert done.status == 0 and "\nROMEO:" in done.out
