@@ -3,7 +3,7 @@
     python tests/steps.py --write=FOLDER   write each step as a complete script, to read or run
     python tests/steps.py --save=FOLDER    make the patches anew from the scripts in FOLDER
     python tests/steps.py --show=3         print what changes in step 3
-    python tests/steps.py --measure        train what has no loss yet: scripts, gpt.py without each step
+    python tests/steps.py --measure        train scripts that have no loss yet
     python tests/steps.py --readme         write the losses into the README and the patches
 
 To change a step: --write, edit its script and those after it with any editor, then --save,
