@@ -116,8 +116,8 @@ for t in range(4):
 # %% [markdown]
 # ## What a language model does
 # Given the characters so far, a language model gives every character in the vocabulary
-# a number, its *logit*: the higher it is, the likelier that character is next.
-# Softmax turns logits into probabilities, which are positive and add up to 1:
+# a number, its *logit*: the higher it is, the likelier that character is next. Softmax
+# turns logits into probabilities, which are positive and add up to 1:
 #
 # probability = exp(logit) / (sum of exp over all logits)
 #

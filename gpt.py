@@ -188,8 +188,8 @@ for t in range(4):
 # %% [markdown]
 # ## What a language model does
 # Given the characters so far, a language model gives every character in the vocabulary
-# a number, its *logit*: the higher it is, the likelier that character is next.
-# Softmax turns logits into probabilities, which are positive and add up to 1:
+# a number, its *logit*: the higher it is, the likelier that character is next. Softmax
+# turns logits into probabilities, which are positive and add up to 1:
 #
 # probability = exp(logit) / (sum of exp over all logits)
 #
@@ -540,8 +540,8 @@ if plain_iters and not load:
 # and 2, which scale what the head found. (After Qiu et al. 2025, arXiv:2505.06708)
 #
 # Feed-forward gets a gate instead of ReLU: each pattern has a partner, and only counts
-# if the partner shows up too. `silu` is a smooth ReLU. (SwiGLU:
-# Shazeer 2020, arXiv:2002.05202) (1.89)
+# if the partner shows up too. `silu` is a smooth ReLU. (SwiGLU: Shazeer 2020,
+# arXiv:2002.05202) (1.89)
 #
 # ## Step 10: token shift
 # The characters just before matter most, so we let attention and feed-forward see them
@@ -588,7 +588,7 @@ class FeedForward(nn.Module):
 
     def __init__(self):
         super().__init__()
-        size = 8 * n_embd // 3  # three layers as large as two of 4 * n_embd
+        size = 8 * n_embd // 3  # three such layers are as large as two of 4 * n_embd
         self.gate = nn.Linear(n_embd, size)                  # Step 9
         self.up = nn.Linear(n_embd, size)
         self.down = nn.Linear(size, n_embd)
@@ -674,8 +674,7 @@ def set_learning_rates(step):
 
 # %% [markdown]
 # ## Extra: the saved model
-# The file holds all you need to resume, or to carry on with another text
-# (*fine-tuning*).
+# The file holds all you need to resume, or to go on with another text (*fine-tuning*).
 
 # %%
 fingerprint = hashlib.sha256(text.encode()).hexdigest()
