@@ -65,9 +65,10 @@ for name, value in list(globals().items()):
         parser.add_argument(f"--{name}", type=type(value), default=value)
 typed = [] if "ipykernel" in sys.modules else None  # a notebook has no command line
 options = vars(parser.parse_args(typed))
-if options["load"]:
-    checkpoint = torch.load(options["load"], map_location="cpu", weights_only=True)
-    own = {"load": options["load"], "save": options["load"], "device": device}
+load = options["load"]
+if load:
+    checkpoint = torch.load(load, "cpu")
+    own = {"load": load, "save": load, "device": device}
     parser.set_defaults(**checkpoint["options"] | own)
     options = vars(parser.parse_args(typed))
 globals().update(options)
@@ -114,12 +115,12 @@ if len(text) <= 10 * block_size:
 if save and not os.access(Path(save).parent, os.W_OK):
     parser.error(f"{save=} is not in a writable folder")
 
-# Some processors multiply 16-bit numbers faster.
+# Some processors are faster with 16-bit numbers.
 fast = torch.cpu._is_avx512_bf16_supported()
 if "cuda" in device:
     fast = torch.cuda.is_bf16_supported(including_emulation=False)
 dtype = torch.bfloat16 if fast else torch.float32
-autocast = torch.autocast(device.split(":")[0], dtype, fast, cache_enabled=False)
+autocast = torch.autocast(torch.device(device).type, dtype, fast, cache_enabled=False)
 
 # %% [markdown]
 # ## The vocabulary
@@ -209,8 +210,8 @@ for t in range(4):
 # how models write at different losses:
 #
 # - 2.50 (bigram.py): `Athtimacowin muphe hirkend y t dinspst CAshorar ad il`
-# - 2.05 (part one): `Romerrung shour in own, and so you, and`
-# - 1.37 (gpt.py, 1,500 steps): `To pass him little time, I serve him.`
+# - 2.05 (part one): `Were sir chouly my genty?`
+# - 1.37 (gpt.py, 1,500 steps): `And prove his clouds are sure set:`
 #
 # ## Step 1: embedding
 # The simplest model is a table with a row for each character, holding a logit for each
@@ -419,6 +420,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)         # Step 1
         nn.init.zeros_(self.lm_head.weight)  # at first, it guesses blindly
 
+    @autocast  # Extra
     def forward(self, idx, targets=None):
         """Turn idx (B, T) into logits (B, T, V) and, with targets (B, T), the loss."""
         x = self.token_embedding(idx)  # (B, T, C), Step 1
@@ -426,6 +428,7 @@ class GPT(nn.Module):
         x = self.blocks(x)             # (B, T, C), Step 7
         x = self.norm(x)               # (B, T, C), Step 6
         logits = self.lm_head(x)       # (B, T, V), Step 1
+        logits = logits.float()        # Extra
         if targets is None:
             return logits, None
         # cross_entropy does both softmax and -ln. It wants a row for each example.
@@ -448,8 +451,7 @@ optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate)]
 def train_step(inputs, targets):
     """Update all parameters once, using this batch, (B, T) each; return its loss."""
     model.train()                              # with dropout
-    with autocast:                             # Extra
-        logits, loss = model(inputs, targets)
+    logits, loss = model(inputs, targets)
     model.zero_grad()                          # clear the gradients of the last step
     loss.backward()                            # find the gradients of the loss
     for optimizer in optimizers:
@@ -491,8 +493,7 @@ def estimate_loss(data):
     pieces = data.unfold(0, size=block_size + 1, step=block_size)  # (pieces, T+1)
     total = 0.0
     for batch in pieces.split(batch_size):
-        with autocast:  # Extra
-            logits, loss = model(batch[:, :-1], batch[:, 1:])
+        logits, loss = model(batch[:, :-1], batch[:, 1:])
         total += loss.item() * len(batch)
     return total / len(pieces)
 
@@ -552,6 +553,7 @@ if plain_iters and not load:
 # %%
 def shift(x):
     """Give each position of x (B, T, C) a part of the two before it."""
+    x = x.to(dtype)  # Extra
     T, C = x.shape[1:]
     own, one_back, two_back = x.split([C // 2, C // 4, C // 4], dim=-1)
     one_back = F.pad(one_back, (0, 0, 1, 0))[:, :T]  # shifted right by one, 0 comes in
@@ -625,7 +627,8 @@ def equalise(x):
     x = x.to(dtype)                                    # Extra
     for _ in range(5):
         s = x @ x.mT                                   # s @ x stands for x^3
-        x = 3.4445 * x + (2.0315 * s @ s - 4.7750 * s) @ x
+        # 3.4445 x + (2.0315 s @ s - 4.7750 s) @ x, in one call, which is faster
+        x = torch.baddbmm(x, 2.0315 * s @ s - 4.7750 * s, x, beta=3.4445)
     return x
 
 
@@ -730,20 +733,19 @@ def keep(step):
 # %%
 unwrapped = model
 if world > 1:
-    torch.distributed.init_process_group()
+    torch.distributed.init_process_group("nccl" if "cuda" in device else "gloo")
     model = nn.parallel.DistributedDataParallel(model)  # averages the gradients
 elif "cuda" in device and first_step < max_iters:
     model.train()
-    with autocast:
-        model = torch.cuda.make_graphed_callables(model, get_batch(1))
+    model = torch.cuda.make_graphed_callables(model, get_batch(1))
 
 
 def show_progress(step, loss):
     """Now and then, print how far training has got, and how long is left."""
     if step % 100 == 10:
-        minutes = (time.time() - began) / (step - first_step) / 60  # for one step
+        seconds = (time.time() - began) / (step - first_step)  # for one step
         print(f"step {step} of {max_iters}: loss {loss:.3f}, "
-              f"{minutes * (max_iters - step):.1f} minutes left", flush=True)
+              f"{seconds * (max_iters - step) / 60:.1f} minutes left", flush=True)
 
 
 # %% [markdown]
@@ -795,7 +797,7 @@ try:
         axes[0].plot(list(losses), list(losses.values()))
         axes[0].legend(["train", "val"])
         line = inputs[0, :32]
-        model(line[None])  # each head keeps its attention weights
+        unwrapped(line[None])  # each head keeps its attention weights
         for axis, head in zip(axes[1:], unwrapped.blocks[-1].attention.heads):
             axis.imshow(head.weights[0].cpu())
             axis.set_xticks(range(len(line)), decode(line))

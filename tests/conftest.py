@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 os.environ["OMP_NUM_THREADS"] = "1"  # so that two runs compute alike, to the last bit
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all tests are of what a CPU does
@@ -79,6 +80,13 @@ def play(script, folder, *args, tiny=True, stop=None, **numbers):
     return SimpleNamespace(status=status, out=said, err=err.getvalue(), losses=losses(said),
                            space=space, sample=said.partition("--- sample 1 of 1 ---\n")[2]
                            .partition("no picture")[0])
+
+
+def play_in_32_bits(*args, **numbers):
+    """The same where 16-bit numbers are not fast, to compare with an exact computation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        return play(*args, **numbers)
 
 
 def run(*command, cwd, **kwargs):

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GPT, TEXT, TINY, edited, play
+from conftest import GPT, TEXT, TINY, edited, play, play_in_32_bits
 
 PROSE = GPT.replace("\n# ", " ")
 
 
 def loaded(script, folder, **numbers):
     """The globals of a script whose parameters are all random, none of them zero."""
-    space = play(script, folder, **numbers).space
+    space = play_in_32_bits(script, folder, **numbers).space
     torch.manual_seed(0)
     for parameter in space["model"].parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -163,8 +163,7 @@ def test_the_optimizers_share_out_all_parameters(gpt):
         and name.endswith(".weight")}
 
 
-def test_muon_does_what_pytorchs_does(gpt, monkeypatch):
-    monkeypatch.setitem(gpt, "dtype", torch.float32)
+def test_muon_does_what_pytorchs_does(gpt):
     torch.manual_seed(1)
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in [(24, 24), (24, 24), (48, 12),
                                                                  (12, 48)]]
@@ -183,8 +182,7 @@ def test_muon_does_what_pytorchs_does(gpt, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (48, 12), (12, 48)])
-def test_equalise_is_a_polynomial_of_each_singular_value(gpt, shape, monkeypatch):
-    monkeypatch.setitem(gpt, "dtype", torch.float32)
+def test_equalise_is_a_polynomial_of_each_singular_value(gpt, shape):
     torch.manual_seed(2)
     stack = torch.randn(2, *shape) * torch.tensor([1.0, 100.0])[:, None, None]
     for m, result in zip(stack.double(), gpt["equalise"](stack)):
@@ -249,7 +247,7 @@ def test_dropout_is_on_in_training_only(series, tmp_path):
 
 
 def test_sixteen_bits_where_they_are_fast(tmp_path, monkeypatch):
-    """In training and evaluation; writing uses 32 bits."""
+    """In all linear layers; logits, parameters and gradients have 32 bits."""
     for fast, wanted in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
         space, seen = play("gpt.py", tmp_path, max_iters=0).space, []
@@ -257,11 +255,9 @@ def test_sixteen_bits_where_they_are_fast(tmp_path, monkeypatch):
             if isinstance(layer, torch.nn.Linear):
                 layer.register_forward_hook(lambda _, args, out: seen.append(out.dtype))
         space["train_step"](*space["get_batch"](1))
-        space["estimate_loss"](space["val_data"])
-        assert set(seen) == {wanted}
-        seen.clear()
-        space["write"]("", 2, 1)
-        assert set(seen) == {torch.float32}
+        assert set(seen) == {wanted} == {space["shift"](torch.zeros(1, 2, 16)).dtype}
+        assert space["model"](space["inputs"])[0].dtype == torch.float32
+        assert {p.grad.dtype for p in space["model"].parameters()} == {torch.float32}
 
 
 def test_writing_follows_the_probabilities(both, capsys, monkeypatch):

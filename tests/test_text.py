@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from conftest import GPT, ROOT, TEXT, TINY, play, run, words
+from conftest import GPT, ROOT, TEXT, TINY, play, play_in_32_bits, run, words
 
 GOOD = TEXT[:5000].encode()
 
@@ -85,7 +85,7 @@ def space(tmp_path_factory):
     """The globals of a gpt.py that has learned from a little text."""
     folder = tmp_path_factory.mktemp("space")
     (folder / "input.txt").write_text(TEXT[:3000], encoding="utf-8")
-    return play("gpt.py", folder, save="").space
+    return play_in_32_bits("gpt.py", folder, save="").space
 
 
 def test_the_deck(space, monkeypatch):
@@ -114,10 +114,9 @@ def test_evaluating_and_sampling_do_not_change_the_training(tmp_path):
         assert torch.equal(a, b)
 
 
-def test_evaluation_is_a_plain_loop_over_the_split(space, monkeypatch):
+def test_evaluation_is_a_plain_loop_over_the_split(space):
     for parameter in space["model"].parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    monkeypatch.setitem(space, "autocast", torch.autocast("cpu", enabled=False))
     model, val = space["model"], space["val_data"]
     found = space["estimate_loss"](val)
     assert found == space["estimate_loss"](val)
