@@ -95,7 +95,7 @@ except (OSError, UnicodeError) as error:
 # ## Extra: several processes, checks, 16-bit numbers
 
 # %%
-options = {name: globals()[name] for name in options}  # as a notebook may set them
+options = {name: globals()[name] for name in options}  # a notebook may change them
 
 # torchrun starts several processes, each with its share of a batch.
 world, rank = int(os.getenv("WORLD_SIZE", 1)), int(os.getenv("RANK", 0))
@@ -526,9 +526,8 @@ if plain_iters and not load:
 
 # %% [markdown]
 # # Part two: improvements
-# Part one is all it takes to train a GPT. With these improvements, it learns faster:
-# 300 training steps give 1.56 instead of 2.05. The cells below redefine classes: from
-# here on, `GPT()` is made of the new ones.
+# With these improvements, 300 training steps give 1.56 instead of 2.05. The cells below
+# redefine classes: from here on, `GPT()` is made of the new ones.
 #
 # ## Step 8: normalised queries and keys
 # A score can be large because a query and a key fit, or just because one of them has
@@ -546,9 +545,9 @@ if plain_iters and not load:
 #
 # ## Step 10: token shift
 # The characters just before matter most, so we let attention and feed-forward see them
-# directly: a quarter of each vector comes from the position before, and a quarter from
-# the one before that. Attention could find them too, but would have to learn how.
-# (After Peng et al. 2023, arXiv:2305.13048) (1.68)
+# directly: we replace a quarter of each vector with that of the position before, and a
+# quarter with that of the one before it. Attention could find them too, but would have
+# to learn how. (After Peng et al. 2023, arXiv:2305.13048) (1.68)
 
 # %%
 def shift(x):
@@ -623,11 +622,11 @@ def equalise(x):
     """Bring the singular values of the matrices x (N, rows, columns) to about 1."""
     if x.shape[1] > x.shape[2]:
         return equalise(x.mT).mT  # wide matrices are cheaper
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # now none is above 1
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # singular values <= 1
     x = x.to(dtype)                                    # Extra
     for _ in range(5):
-        s = x @ x.mT                                   # s @ x stands for x^3
-        # 3.4445 x + (2.0315 s @ s - 4.7750 s) @ x, in one call, which is faster
+        s = x @ x.mT                                   # s @ x is x^3, s @ s @ x is x^5
+        # 3.4445 x + (2.0315 s @ s - 4.7750 s) @ x, in one call for speed
         x = torch.baddbmm(x, 2.0315 * s @ s - 4.7750 * s, x, beta=3.4445)
     return x
 
