@@ -9,18 +9,16 @@ Shapes in comments: B batch_size, T time (up to block_size), V vocab_size.
 """
 
 # %%
-import hashlib
+import random
 import sys
 from pathlib import Path
 
-import requests
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 # %% [markdown]
-# ## Hyperparameters
-# The numbers that are not learned.
+# ## Hyperparameters: the numbers that are not learned
 
 # %%
 text_file = "input.txt"  # what to learn from: any text in UTF-8
@@ -43,13 +41,9 @@ url = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/inpu
 sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 try:
     if text_file == "input.txt" and not Path(text_file).exists():
-        reply = requests.get(url, timeout=30)
-        reply.raise_for_status()
-        if hashlib.sha256(reply.content).hexdigest() != sha256:
-            raise OSError("the download is not the expected text")
-        Path(text_file).write_bytes(reply.content)
+        torch.hub.download_url_to_file(url, text_file, sha256, progress=False)
     text = Path(text_file).read_text(encoding="utf-8")
-except (OSError, UnicodeError) as error:
+except (OSError, UnicodeError, RuntimeError) as error:
     print(f"no UTF-8 text at {text_file} ({error}); put one there", file=sys.stderr)
     sys.exit(2)
 
@@ -93,17 +87,17 @@ train_data, val_data = data[:n], data[n:]
 # of it is read equally often. When we run out, we cut it again, in other places.
 
 # %%
-generator = torch.Generator().manual_seed(seed)
-cuts = torch.arange(0, len(train_data) - block_size, block_size)
+dealer = random.Random(seed)
 deck = []  # where the pieces begin
 
 
 def get_batch(step):
     """Return the inputs and the targets of this step (1, 2, ...), both (B, T)."""
     while len(deck) < step * batch_size:
-        moved = (cuts + len(deck)) % (len(train_data) - block_size)  # cut elsewhere
-        order = torch.randperm(len(cuts), generator=generator)
-        deck.extend(moved[order].tolist())
+        first = dealer.randrange(block_size)  # each time, we cut in other places
+        cuts = list(range(first, len(train_data) - block_size, block_size))
+        dealer.shuffle(cuts)
+        deck.extend(cuts)
     starts = deck[(step - 1) * batch_size:step * batch_size]
     pieces = torch.stack([train_data[i:i + block_size + 1] for i in starts])  # (B, T+1)
     return pieces[:, :-1], pieces[:, 1:]
@@ -157,9 +151,10 @@ class LanguageModel(nn.Module):
 
 # %% [markdown]
 # ## Model and training step
-# An *optimizer* moves every parameter against its gradient, since that lowers the loss.
-# AdamW divides a running mean of each gradient by that gradient's usual size, so every
-# parameter moves by about `learning_rate`.
+# The *optimizer*, AdamW, moves every parameter against its gradient, since that lowers
+# the loss. How far? It takes the mean of the last few gradients of a parameter, divided
+# by their usual size. So every parameter moves by about `learning_rate`, whether its
+# gradients are large or small.
 
 # %%
 torch.manual_seed(seed)
@@ -172,7 +167,7 @@ def train_step(inputs, targets):
     logits, loss = model(inputs, targets)
     model.zero_grad()                          # clear the gradients of the last step
     loss.backward()                            # find the gradients of the loss
-    for optimizer in optimizers:
+    for optimizer in optimizers:               # only one so far
         optimizer.step()                       # move all parameters against them
     return loss
 
@@ -188,7 +183,7 @@ def write(start, max_new_tokens, seed):
     """Print start, and what the model writes after it, character by character."""
     torch.manual_seed(seed)
     print(start, end="")
-    idx = encode(start or chars[0]).to(device)           # (T,)
+    idx = encode(start or chars[0]).to(device)           # (T,), at least one
     for _ in range(max_new_tokens):
         logits, _ = model(idx[None, -block_size:])       # (1, T, V)
         logits = logits[0, -1] / max(temperature, 1e-6)  # (V,): after the last one
@@ -201,7 +196,7 @@ def write(start, max_new_tokens, seed):
 
 # %% [markdown]
 # ## Evaluation
-# We always measure the loss on the same pieces of text.
+# We always measure on the same pieces of text, which `unfold` cuts.
 
 # %%
 @torch.inference_mode()
@@ -216,11 +211,10 @@ def estimate_loss(data):
 
 
 def evaluate(step):
-    """Measure and print the losses after this step, and a short sample."""
+    """Measure and print the losses after this step."""
     train_loss = estimate_loss(train_data[:2**15])  # a part is enough
     val_loss = estimate_loss(val_data[:2**18])      # all, if it is not huge
     print(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
-    write("", 80, seed)
 
 
 # %% [markdown]
@@ -235,6 +229,7 @@ for step in range(1, max_iters + 1):
     train_step(inputs, targets)
     if step % eval_interval == 0 or step == max_iters:
         evaluate(step)
+        write("", 80, seed)
 
 # %% [markdown]
 # ## The sample

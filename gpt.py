@@ -3,9 +3,9 @@
     python gpt.py                 trains for a few minutes, then writes
     python gpt.py --load=gpt.pt   starts from the saved model, and writes
 
-Part one builds a small but complete GPT, one idea per step, and trains it. You can stop
-there: part two only makes it better. Skip anything marked Extra. Shapes in comments:
-B batch_size, T time, C n_embd, D head_size, V vocab_size.
+Part one, the first 500 lines, builds a small but complete GPT, one idea per step, and
+trains it. You can stop there: part two only makes it better. Skip what is marked Extra.
+Shapes in comments: B batch_size, T time, C n_embd, D head_size, V vocab_size.
 """
 
 # %%
@@ -13,18 +13,17 @@ import argparse
 import copy
 import hashlib
 import os
+import random
 import sys
 import time
 from pathlib import Path
 
-import requests
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 # %% [markdown]
-# ## Hyperparameters
-# The numbers that are not learned.
+# ## Hyperparameters: the numbers that are not learned
 
 # %%
 text_file = "input.txt"  # what to learn from: any text in UTF-8
@@ -45,33 +44,33 @@ max_new_tokens = 500     # how many characters should it write?
 temperature = 0.8        # below 1 favours likely characters, above 1 takes risks
 seed = 1337              # random seed: the same seed gives the same run
 device = "cuda" if torch.cuda.is_available() else "cpu"
-if "cuda" in device and "--device=cpu" not in sys.argv:  # a larger model
+if "cuda" in device and "--device=cpu" not in sys.argv:  # a GPU trains a larger model
     batch_size, max_iters, eval_interval, dropout = 16, 1000, 250, 0.05
     n_embd, n_head, n_layer, momentum, weight_decay = 384, 3, 6, 0.95, 0.3
 
 # %% [markdown]
 # ## Extra: options
-# Every number is also an option, as in `gpt.py --max_iters=300`.
+# Skip this. It makes every number an option, as in `gpt.py --max_iters=300`.
 
 # %%
 prompt = ""      # text for the model to continue
 samples = 1      # how many continuations?
 save = "gpt.pt"  # where to save the best model
 load = ""        # which saved model to start from
-
+numbers = {name: value for name, value in list(globals().items())
+           if type(value) in (int, float, str) and name[0] != "_"}
 parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
-for name, value in list(globals().items()):
-    if type(value) in (int, float, str) and name[0] != "_":
-        parser.add_argument(f"--{name}", type=type(value), default=value)
-typed = [] if "ipykernel" in sys.modules else None  # a notebook has no command line
-options = vars(parser.parse_args(typed))
-load = options["load"]
+for name, value in numbers.items():
+    parser.add_argument(f"--{name}", type=type(value), default=argparse.SUPPRESS)
+typed = vars(parser.parse_args([] if "ipykernel" in sys.modules else None))
+globals().update(typed)
 if load:
     checkpoint = torch.load(load, "cpu")
-    own = {"load": load, "save": load, "device": device}
-    parser.set_defaults(**checkpoint["options"] | own)
-    options = vars(parser.parse_args(typed))
-globals().update(options)
+    globals().update(checkpoint["options"] | {"save": load} | typed)
+if min(batch_size, block_size, n_embd, n_head, n_layer) < 1 or n_embd % (4 * n_head):
+    parser.error("sizes should be at least 1, and n_embd a multiple of 4 * n_head")
+if "cuda" in device:
+    torch.cuda.set_device(int(os.getenv("LOCAL_RANK", 0)))  # torchrun sets it
 
 # %% [markdown]
 # ## The text
@@ -82,45 +81,12 @@ url = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/inpu
 sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 try:
     if text_file == "input.txt" and not Path(text_file).exists():
-        reply = requests.get(url, timeout=30)
-        reply.raise_for_status()
-        if hashlib.sha256(reply.content).hexdigest() != sha256:
-            raise OSError("the download is not the expected text")
-        Path(text_file).write_bytes(reply.content)
+        torch.hub.download_url_to_file(url, text_file, sha256, progress=False)
     text = Path(text_file).read_text(encoding="utf-8")
-except (OSError, UnicodeError) as error:
+    if len(text) <= 10 * block_size:  # Extra
+        raise ValueError(f"it should have more than {10 * block_size} characters")
+except (OSError, ValueError, RuntimeError) as error:
     parser.error(f"no UTF-8 text at {text_file} ({error}); put one there")
-
-# %% [markdown]
-# ## Extra: several processes, checks, 16-bit numbers
-
-# %%
-options = {name: globals()[name] for name in options}  # a notebook may change them
-
-# torchrun starts several processes, each with its share of a batch.
-world, rank = int(os.getenv("WORLD_SIZE", 1)), int(os.getenv("RANK", 0))
-batch_size //= world
-seed += rank
-if "cuda" in device:
-    torch.cuda.set_device(rank)
-if rank > 0:  # only the first one prints and saves
-    sys.stdout, save = open(os.devnull, "w"), ""
-
-if min(batch_size, block_size, eval_interval, n_embd, n_head, n_layer) < 1:
-    parser.error("sizes should be at least 1")
-if n_embd % (4 * n_head):
-    parser.error(f"{n_embd=} should be a multiple of 4 * {n_head=}")
-if len(text) <= 10 * block_size:
-    parser.error(f"{text_file} should have more than {10 * block_size} characters")
-if save and not os.access(Path(save).parent, os.W_OK):
-    parser.error(f"{save=} is not in a writable folder")
-
-# Some processors are faster with 16-bit numbers.
-fast = torch.cpu._is_avx512_bf16_supported()
-if "cuda" in device:
-    fast = torch.cuda.is_bf16_supported(including_emulation=False)
-dtype = torch.bfloat16 if fast else torch.float32
-autocast = torch.autocast(torch.device(device).type, dtype, fast, cache_enabled=False)
 
 # %% [markdown]
 # ## The vocabulary
@@ -131,8 +97,6 @@ autocast = torch.autocast(torch.device(device).type, dtype, fast, cache_enabled=
 chars = sorted(set(text))
 if load:  # Extra: its characters keep their ids, new ones come after them
     chars = checkpoint["chars"] + sorted(set(text) - set(checkpoint["chars"]))
-if set(prompt) - set(chars):  # Extra
-    parser.error(f"{set(prompt) - set(chars)} in the prompt is not in {text_file}")
 vocab_size = len(chars)
 char_to_id = {char: i for i, char in enumerate(chars)}
 
@@ -166,17 +130,17 @@ train_data, val_data = data[:n], data[n:]
 # of it is read equally often. When we run out, we cut it again, in other places.
 
 # %%
-generator = torch.Generator().manual_seed(seed)
-cuts = torch.arange(0, len(train_data) - block_size, block_size)
+dealer = random.Random(seed)
 deck = []  # where the pieces begin
 
 
 def get_batch(step):
     """Return the inputs and the targets of this step (1, 2, ...), both (B, T)."""
     while len(deck) < step * batch_size:
-        moved = (cuts + len(deck)) % (len(train_data) - block_size)  # cut elsewhere
-        order = torch.randperm(len(cuts), generator=generator)
-        deck.extend(moved[order].tolist())
+        first = dealer.randrange(block_size)  # each time, we cut in other places
+        cuts = list(range(first, len(train_data) - block_size, block_size))
+        dealer.shuffle(cuts)
+        deck.extend(cuts)
     starts = deck[(step - 1) * batch_size:step * batch_size]
     pieces = torch.stack([train_data[i:i + block_size + 1] for i in starts])  # (B, T+1)
     return pieces[:, :-1], pieces[:, 1:]
@@ -205,21 +169,25 @@ for t in range(4):
 
 # %% [markdown]
 # # Part one: a GPT
-# GPT stands for *generative pretrained transformer*. Each section ends with a number in
-# brackets: the validation loss of the model so far, after 300 training steps. This is
-# how models write at different losses:
+# GPT stands for *generative pretrained transformer*. It turns each character into a
+# vector of numbers, x. Then, block after block, it adds to x what *attention* gathers
+# from earlier positions, and what *feed-forward* makes of it. In the end, x becomes
+# the logits of the next character.
 #
-# - 2.50 (bigram.py): `Athtimacowin muphe hirkend y t dinspst CAshorar ad il`
+# Each section ends with a number in brackets: the validation loss of the model so far,
+# after 300 training steps. This is how models write at different losses:
+#
+# - 2.50 (a table): `Athtimacowin muphe hirkend y t dinspst CAshorar ad il`
 # - 2.05 (part one): `Were sir chouly my genty?`
 # - 1.37 (gpt.py, 1,500 steps): `And prove his clouds are sure set:`
 #
 # ## Step 1: embedding
-# The simplest model is a table with a row for each character, holding a logit for each
-# one that might come next. That is bigram.py. But what a table learns about `a` tells
-# it nothing about `e`. So we give each character a vector of `n_embd` numbers, its
+# The simplest model, in bigram.py, is a table with a row for each character, holding a
+# logit for each one that might come next. But what a table learns about `a` tells it
+# nothing about `e`. So we give each character a vector of `n_embd` numbers, its
 # *embedding*, which is learned: characters that behave alike can become alike. A linear
 # layer, `lm_head`, turns a vector into logits. So far, this is no smarter than the
-# table, but now we have vectors that we can add things to. See `GPT`, below. (2.51)
+# table, but now we have vectors to add things to (in `GPT`, below). (2.51)
 
 # %% [markdown]
 # ## Step 2: attention
@@ -264,11 +232,11 @@ print(f"{equal_weights}\nmeans of 2, 4, 6, 8 so far: {means.tolist()}")
 # almost nothing, so the model could hardly learn.
 # (Vaswani et al. 2017, arXiv:1706.03762)
 #
-# What attention finds is added to x (in `Block`, Step 6). By itself it gains
-# nothing: it sees which characters came before, but not in what order. (2.52)
+# What attention finds is added to x (in `Block`, Step 6). On its own, it doesn't help
+# yet: it sees which characters came before, but not in what order. (2.52)
 
 # %%
-head_size = n_embd // n_head  # called D in the shapes
+head_size = n_embd // n_head  # D in the shapes; n_head comes in Step 4
 mask = torch.full((block_size, block_size), -torch.inf, device=device).triu(1)  # (T, T)
 
 
@@ -284,7 +252,7 @@ class Head(nn.Module):
     def forward(self, x):
         T = x.shape[1]
         q, k, v = self.query(x), self.key(x), self.value(x)  # each (B, T, D)
-        q, k = rotate(q), rotate(k)                          # Step 3, below
+        q, k = rotate(q), rotate(k)                          # Step 3, next
         scores = q @ k.mT / head_size**0.5                   # (B, T, T)
         weights = F.softmax(scores + mask[:T, :T], dim=-1)   # (B, T, T)
         return weights @ v                                   # (B, T, D)
@@ -293,18 +261,18 @@ class Head(nn.Module):
 # %% [markdown]
 # ## Step 3: positions
 # So far, attention ignores distance. To change that, we turn each query and key by an
-# angle that depends on its position. Take its numbers in pairs, and think of each pair
-# as a clock with one hand, which moves on by, say, 10 degrees from one position to the
-# next: a query at position 7 has turned by 70 degrees, and a key at position 5 by 50.
-# Their dot product depends on the angle between the two hands, which has changed by 20
-# degrees. At positions 107 and 105, it would still be 20 degrees: only the distance
-# counts.
+# angle that depends on its position. Take its numbers in pairs (i with i + D/2), and
+# think of each pair as a clock with one hand, which moves on by, say, 10 degrees from
+# one position to the next: a query at position 7 has turned by 70 degrees, a key at
+# position 5 by 50. Their dot product depends on the angle between the two hands, which
+# has changed by 20 degrees. At positions 107 and 105, it would still be 20 degrees:
+# only the distance counts.
 #
-# This is how a head can find the character just before. Suppose all its keys start at 0
-# degrees, and all its queries at -10. At position 7, the query is turned by 70, to 60.
-# At position 6, the key is turned by 60, to 60 as well. These two fit best. This
-# clock repeats every 36 positions, but other pairs turn at other speeds, and tell the
-# laps apart.
+# This is how a head can find the character just before. Suppose that before the turn,
+# all its keys point to 0 degrees, and all its queries to -10. At position 7, the query
+# is turned by 70, to 60. At position 6, the key is turned by 60, to 60 as well. These
+# two fit best. This clock repeats every 36 positions, but other pairs turn at other
+# speeds, and tell the laps apart.
 #
 # How do we turn a hand whose tip is at (a, b)? The hand (1, 0) turns to (cos, sin), and
 # (0, 1) to (-sin, cos), so (a, b) turns to a * (cos, sin) + b * (-sin, cos).
@@ -379,7 +347,7 @@ class FeedForward(nn.Module):
 #
 # With every addition, the numbers in x can grow. So we put a *LayerNorm* before each
 # part and before `lm_head`: it shifts and scales each vector to mean 0 and variance 1
-# (and then by learned amounts), so that all numbers have about the same size. (2.11)
+# (then by learned amounts), so that all numbers have about the same size. (2.11)
 
 # %%
 class Block(nn.Module):
@@ -418,9 +386,8 @@ class GPT(nn.Module):
         self.blocks = nn.Sequential(*[Block() for _ in range(n_layer)])  # Step 7
         self.norm = nn.LayerNorm(n_embd)                                 # Step 6
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)         # Step 1
-        nn.init.zeros_(self.lm_head.weight)  # at first, it guesses blindly
+        nn.init.zeros_(self.lm_head.weight)  # all logits start as 0: it guesses
 
-    @autocast  # Extra
     def forward(self, idx, targets=None):
         """Turn idx (B, T) into logits (B, T, V) and, with targets (B, T), the loss."""
         x = self.token_embedding(idx)  # (B, T, C), Step 1
@@ -428,7 +395,6 @@ class GPT(nn.Module):
         x = self.blocks(x)             # (B, T, C), Step 7
         x = self.norm(x)               # (B, T, C), Step 6
         logits = self.lm_head(x)       # (B, T, V), Step 1
-        logits = logits.float()        # Extra
         if targets is None:
             return logits, None
         # cross_entropy does both softmax and -ln. It wants a row for each example.
@@ -438,9 +404,10 @@ class GPT(nn.Module):
 
 # %% [markdown]
 # ## Model and training step
-# An *optimizer* moves every parameter against its gradient, since that lowers the loss.
-# AdamW divides a running mean of each gradient by that gradient's usual size, so every
-# parameter moves by about `learning_rate`.
+# The *optimizer*, AdamW, moves every parameter against its gradient, since that lowers
+# the loss. How far? It takes the mean of the last few gradients of a parameter, divided
+# by their usual size. So every parameter moves by about `learning_rate`, whether its
+# gradients are large or small.
 
 # %%
 torch.manual_seed(seed)
@@ -454,7 +421,7 @@ def train_step(inputs, targets):
     logits, loss = model(inputs, targets)
     model.zero_grad()                          # clear the gradients of the last step
     loss.backward()                            # find the gradients of the loss
-    for optimizer in optimizers:
+    for optimizer in optimizers:               # only one so far
         optimizer.step()                       # move all parameters against them
     model.eval()                               # no dropout in anything else
     return loss
@@ -471,7 +438,7 @@ def write(start, max_new_tokens, seed):
     """Print start, and what the model writes after it, character by character."""
     torch.manual_seed(seed)
     print(start, end="")
-    idx = encode(start or chars[0]).to(device)           # (T,)
+    idx = encode(start or chars[0]).to(device)           # (T,), at least one
     for _ in range(max_new_tokens):
         logits, _ = model(idx[None, -block_size:])       # (1, T, V)
         logits = logits[0, -1] / max(temperature, 1e-6)  # (V,): after the last one
@@ -484,7 +451,7 @@ def write(start, max_new_tokens, seed):
 
 # %% [markdown]
 # ## Evaluation
-# We always measure the loss on the same pieces of text.
+# We always measure on the same pieces of text, which `unfold` cuts.
 
 # %%
 @torch.inference_mode()
@@ -499,14 +466,11 @@ def estimate_loss(data):
 
 
 def evaluate(step):
-    """Measure and print the losses after this step, and a short sample."""
+    """Measure, print and return the losses (training, validation) after this step."""
     train_loss = estimate_loss(train_data[:2**15])  # a part is enough
     val_loss = estimate_loss(val_data[:2**18])      # all, if it is not huge
     print(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
-    if val_loss != val_loss:  # Extra: it is nan
-        parser.error("the loss is no longer a number; try lower learning rates")
-    write("", 80, seed)
-    return train_loss, val_loss  # Extra
+    return train_loss, val_loss
 
 
 # %% [markdown]
@@ -526,8 +490,8 @@ if plain_iters and not load:
 
 # %% [markdown]
 # # Part two: improvements
-# With these improvements, 300 training steps give 1.56 instead of 2.05. The cells below
-# redefine classes: from here on, `GPT()` is made of the new ones.
+# With these improvements, 300 training steps give 1.56 instead of 2.05. We redefine
+# three classes: from here on, `GPT()` is made of the new ones.
 #
 # ## Step 8: normalised queries and keys
 # A score can be large because a query and a key fit, or just because one of them has
@@ -537,12 +501,63 @@ if plain_iters and not load:
 # ## Step 9: gates
 # Attention weights add up to 1, so a head always passes something on, even if nothing
 # fits. A *gate* lets it stay silent: one more linear layer computes factors between 0
-# and 2, which scale what the head found. (After Qiu et al. 2025, arXiv:2505.06708)
+# and 2, about 1 at first, which scale what the head found. (After Qiu et al. 2025,
+# arXiv:2505.06708)
 #
 # Feed-forward gets a gate instead of ReLU: each pattern has a partner, and only counts
 # if the partner shows up too. `silu` is a smooth ReLU. (SwiGLU: Shazeer 2020,
 # arXiv:2002.05202) (1.89)
-#
+
+# %%
+class Head(nn.Module):
+    """One head of attention: (B, T, C) to (B, T, D)."""
+
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Linear(n_embd, head_size, bias=False)
+        self.key = nn.Linear(n_embd, head_size, bias=False)
+        self.value = nn.Linear(n_embd, head_size, bias=False)
+        self.norm = nn.LayerNorm(head_size, elementwise_affine=False)  # Step 8
+        self.gate = nn.Linear(n_embd, head_size)                       # Step 9
+
+    def forward(self, x):
+        T = x.shape[1]
+        q, k, v = self.query(x), self.key(x), self.value(x)    # each (B, T, D)
+        q, k = self.norm(q), self.norm(k)                      # Step 8
+        q, k = rotate(q), rotate(k)
+        scores = q @ k.mT / head_size**0.5                     # (B, T, T)
+        weights = F.softmax(scores + mask[:T, :T], dim=-1)     # (B, T, T)
+        self.weights = weights.detach()                        # Extra: for the picture
+        found = weights @ v                                    # (B, T, D)
+        return found * 2 * torch.sigmoid(self.gate(x))         # (B, T, D), Step 9
+
+
+class FeedForward(nn.Module):
+    """Feed-forward with a gate: (B, T, C) to (B, T, C)."""
+
+    def __init__(self):
+        super().__init__()
+        size = 8 * n_embd // 3  # so that three layers are as large as two were before
+        self.gate = nn.Linear(n_embd, size)                  # Step 9
+        self.up = nn.Linear(n_embd, size)
+        self.down = nn.Linear(size, n_embd)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))  # (B, T, C), Step 9
+
+
+# %% [markdown]
+# ## Extra: 16-bit numbers
+# Some processors are faster with them.
+
+# %%
+fast = torch.cpu._is_avx512_bf16_supported()
+if "cuda" in device:
+    fast = torch.cuda.is_bf16_supported(including_emulation=False)
+dtype = torch.bfloat16 if fast else torch.float32
+autocast = torch.autocast(torch.device(device).type, dtype, fast, cache_enabled=False)
+
+# %% [markdown]
 # ## Step 10: token shift
 # The characters just before matter most, so we let attention and feed-forward see them
 # directly: we replace a quarter of each vector with that of the position before, and a
@@ -560,43 +575,21 @@ def shift(x):
     return torch.cat([own, one_back, two_back], dim=-1)
 
 
-class Head(nn.Module):
-    """One head of attention: (B, T, C) to (B, T, D)."""
+class Block(nn.Module):
+    """Attention, then feed-forward, both added to x: (B, T, C) to (B, T, C)."""
 
     def __init__(self):
         super().__init__()
-        self.query = nn.Linear(n_embd, head_size, bias=False)
-        self.key = nn.Linear(n_embd, head_size, bias=False)
-        self.value = nn.Linear(n_embd, head_size, bias=False)
-        self.norm = nn.LayerNorm(head_size, elementwise_affine=False)  # Step 8
-        self.gate = nn.Linear(n_embd, head_size)                       # Step 9
+        self.attention = MultiHeadAttention()
+        self.feed_forward = FeedForward()
+        self.norm1 = nn.LayerNorm(n_embd)
+        self.norm2 = nn.LayerNorm(n_embd)
 
     def forward(self, x):
-        T = x.shape[1]
-        x = shift(x)                                           # (B, T, C), Step 10
-        q, k, v = self.query(x), self.key(x), self.value(x)    # each (B, T, D)
-        q, k = self.norm(q), self.norm(k)                      # Step 8
-        q, k = rotate(q), rotate(k)
-        scores = q @ k.mT / head_size**0.5                     # (B, T, T)
-        weights = F.softmax(scores + mask[:T, :T], dim=-1)     # (B, T, T)
-        self.weights = weights.detach()                        # Extra: for the picture
-        found = weights @ v                                    # (B, T, D)
-        return found * 2 * torch.sigmoid(self.gate(x))         # (B, T, D), Step 9
-
-
-class FeedForward(nn.Module):
-    """Feed-forward with a gate: (B, T, C) to (B, T, C)."""
-
-    def __init__(self):
-        super().__init__()
-        size = 8 * n_embd // 3  # three such layers are as large as two of 4 * n_embd
-        self.gate = nn.Linear(n_embd, size)                  # Step 9
-        self.up = nn.Linear(n_embd, size)
-        self.down = nn.Linear(size, n_embd)
-
-    def forward(self, x):
-        x = shift(x)                                         # (B, T, C), Step 10
-        return self.down(F.silu(self.gate(x)) * self.up(x))  # (B, T, C), Step 9
+        with autocast:  # Extra
+            x = x + self.attention(shift(self.norm1(x)))     # Step 10
+            x = x + self.feed_forward(shift(self.norm2(x)))  # Step 10
+        return x
 
 
 # %% [markdown]
@@ -677,20 +670,29 @@ def set_learning_rates(step):
 # %% [markdown]
 # ## Extra: the saved model
 # The file holds all you need to resume, or to go on with another text (*fine-tuning*).
+# To skip this, go to "The run".
 
 # %%
+options = {name: globals()[name] for name in numbers
+           if name not in ("load", "save", "device")}
 fingerprint = hashlib.sha256(text.encode()).hexdigest()
+unwrapped = model
 best = {"step": 0, "val_loss": torch.inf, "losses": {}}
+if save and not os.access(Path(save).parent, os.W_OK):
+    parser.error(f"{save=} is not in a writable folder")
+if set(prompt) - set(chars):
+    parser.error(f"{set(prompt) - set(chars)} in the prompt is not in {text_file}")
 if load:
+    saved = checkpoint["options"]
     for name in ("block_size", "n_embd", "n_head", "n_layer"):
-        if options[name] != checkpoint["options"][name]:
-            parser.error(f"{load} was made with {name}={checkpoint['options'][name]}")
-    parameters = checkpoint["model"]
+        if options[name] != saved[name]:
+            parser.error(f"{load} was made with {name}={saved[name]}")
+    parameters = checkpoint["model"]  # new characters get new rows
     for name in ("token_embedding.weight", "lm_head.weight"):
         new_rows = model.state_dict()[name][len(parameters[name]):].cpu()
         parameters[name] = torch.cat([parameters[name], new_rows])
     model.load_state_dict(parameters)
-    if checkpoint["options"]["text_file"] == text_file:
+    if saved["text_file"] == text_file:  # else it starts from step 0
         best = checkpoint
         for optimizer, state in zip(optimizers, best["optimizers"]):
             optimizer.load_state_dict(copy.deepcopy(state))
@@ -725,15 +727,22 @@ def keep(step):
 
 
 # %% [markdown]
-# ## Extra: processes, a GPU, progress
+# ## Extra: speed and progress
 # A GPU runs this model faster than Python can hand it work, so we record the forward
 # and backward passes once, and then replay them.
 
 # %%
-unwrapped = model
-if world > 1:
+if "WORLD_SIZE" in os.environ:  # torchrun has started several processes
     torch.distributed.init_process_group("nccl" if "cuda" in device else "gloo")
-    model = nn.parallel.DistributedDataParallel(model)  # averages the gradients
+    model = nn.parallel.DistributedDataParallel(model)  # averages their gradients
+    batch_size = max(1, batch_size // torch.distributed.get_world_size())
+    rank = torch.distributed.get_rank()  # 0, 1, ...
+    seed += rank
+    dealer.seed(seed)
+    deck.clear()
+    if rank > 0:  # only the first one prints and saves
+        sys.stdout = open(os.devnull, "w")
+        save = file = ""
 elif "cuda" in device and first_step < max_iters:
     model.train()
     model = torch.cuda.make_graphed_callables(model, get_batch(1))
@@ -749,7 +758,7 @@ def show_progress(step, loss):
 
 # %% [markdown]
 # ## The run
-# Press Ctrl-C to stop early.
+# Press Ctrl-C to stop.
 
 # %%
 print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}")
@@ -767,6 +776,7 @@ try:
         if step % eval_interval == 0 or step == max_iters:
             losses[step] = evaluate(step)
             keep(step)  # Extra
+            write("", 80, seed)
 except KeyboardInterrupt:  # Extra
     print(f"\nstopped; --load={file} goes on from step {best['step']}" if file else
           "\nstopped; nothing was saved")
@@ -785,7 +795,7 @@ for i in range(samples):
 
 # %% [markdown]
 # ## Extra: a picture
-# If you have matplotlib: the losses, and what the heads of the last block look at.
+# With matplotlib: the losses, and what the heads of the last block look at.
 
 # %%
 try:

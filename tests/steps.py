@@ -32,10 +32,10 @@ SEEDS = (1337, 1338, 1339)
 # What "`gpt.py` without it" means: changes to gpt.py.
 WITHOUT = {
     "nothing": [],
-    "attention": [("x = x + self.attention(self.norm1(x))", "pass")],
+    "attention": [("x = x + self.attention(shift(self.norm1(x)))", "pass")],
     "positions": [("q, k = rotate(q), rotate(k)", "pass")],
     "heads": [("n_head = 2", "n_head = 1")],
-    "feed-forward": [("x = x + self.feed_forward(self.norm2(x))", "pass")],
+    "feed-forward": [("x = x + self.feed_forward(shift(self.norm2(x)))", "pass")],
     "block": [("self.norm1 = nn.LayerNorm(n_embd)", "self.norm1 = nn.Identity()"),
               ("self.norm2 = nn.LayerNorm(n_embd)", "self.norm2 = nn.Identity()"),
               ("self.norm = nn.LayerNorm(n_embd) ", "self.norm = nn.Identity() ")],
@@ -44,7 +44,8 @@ WITHOUT = {
     "gates": [("found * 2 * torch.sigmoid(self.gate(x))", "found"),
               ("F.silu(self.gate(x)) * self.up(x)", "F.silu(self.up(x))"),
               ("size = 8 * n_embd // 3", "size = 4 * n_embd")],
-    "token-shift": [("x = shift(x)", "pass")],
+    "token-shift": [("shift(self.norm1(x))", "self.norm1(x)"),
+                    ("shift(self.norm2(x))", "self.norm2(x)")],
     "muon": [("optimizers = [torch.optim.AdamW(others, lr=learning_rate), muon]",
               "optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate)]")],
     "schedule": [("set_learning_rates(step) ", "pass ")],

@@ -247,11 +247,11 @@ def test_dropout_is_on_in_training_only(series, tmp_path):
 
 
 def test_sixteen_bits_where_they_are_fast(tmp_path, monkeypatch):
-    """In all linear layers; logits, parameters and gradients have 32 bits."""
+    """In all linear layers of the blocks; logits, parameters and gradients have 32 bits."""
     for fast, wanted in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
         space, seen = play("gpt.py", tmp_path, max_iters=0).space, []
-        for layer in space["model"].modules():
+        for layer in space["model"].blocks.modules():
             if isinstance(layer, torch.nn.Linear):
                 layer.register_forward_hook(lambda _, args, out: seen.append(out.dtype))
         space["train_step"](*space["get_batch"](1))
@@ -281,7 +281,7 @@ def test_writing_follows_the_probabilities(both, capsys, monkeypatch):
 
 @pytest.mark.parametrize("line", [
     *re.findall(r"(?m)^        (x = x \+ self\..+)$", GPT), "x = self.blocks(x) ",
-    "x = self.norm(x) ", "x = shift(x) ", "q, k = rotate(q), rotate(k)",
+    "x = self.norm(x) ", "q, k = rotate(q), rotate(k)",
     "q, k = self.norm(q), self.norm(k)"])
 def test_any_line_of_the_model_can_be_taken_out(line, tmp_path):
     source = edited(GPT, **{**TINY, "max_iters": 40, "eval_interval": 40})

@@ -120,7 +120,7 @@ def test_interrupted_and_gone_on_with(book):
 @pytest.mark.parametrize("wrong, line", [
     ({"prompt": "\N{SNOWMAN}"}, ".*in the prompt is not in input.txt"),
     ({"text_file": "nowhere.txt"}, ".*nowhere.txt.*"),
-    ({"block_size": 3000}, "input.txt should have more than 30000 characters")])
+    ({"block_size": 3000}, ".*input.txt.*more than 30000 characters.*")])
 def test_a_complaint_is_one_line_and_the_kernel_lives(book, wrong, line):
     said = book.run(**{**TINY, "load": "", **wrong})
     assert re.search(rf"(?m)^\S+: error: {line}$", said), said[-300:] + book.error[-300:]

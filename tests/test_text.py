@@ -14,19 +14,15 @@ GOOD = TEXT[:5000].encode()
 @pytest.fixture(scope="module")
 def server():
     """The address of a local server whose paths answer well or badly."""
-    leave = threading.Event()
-
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            if self.path == "/stalled":
-                return leave.wait()
             if self.path == "/404":
                 return self.send_error(404)
             body = GOOD[:-1] + b"?" if self.path == "/wrong" else GOOD
             self.send_response(200)
-            self.send_header("Content-Length", str(len(body) + 99 * (self.path == "/cut")))
+            self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            self.wfile.write(body[:-99] if self.path == "/cut" else body)
 
         def log_message(self, *args):
             pass
@@ -34,14 +30,13 @@ def server():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{httpd.server_address[1]}"
-        leave.set()
         httpd.shutdown()
 
 
 def download(script, address, folder):
-    """Run a copy of a script alone in an empty folder, with another address and less patience."""
+    """Run a copy of a script alone in an empty folder, with another address."""
     source = (ROOT / script).read_text(encoding="utf-8")
-    for old, new in (('(?m)^url = ".+"', f'url = "{address}"'), ("timeout=30", "timeout=1"),
+    for old, new in (('(?m)^url = ".+"', f'url = "{address}"'),
                      ('"[0-9a-f]{64}"', repr(hashlib.sha256(GOOD).hexdigest()))):
         source, found = re.subn(old, new, source)
         assert found == 1
@@ -57,7 +52,7 @@ def test_a_missing_text_is_downloaded(server, script, tmp_path):
     assert (tmp_path / "input.txt").read_bytes() == GOOD
 
 
-@pytest.mark.parametrize("path", ["/wrong", "/cut", "/404", "/stalled", "refused"])
+@pytest.mark.parametrize("path", ["/wrong", "/cut", "/404", "refused"])
 @pytest.mark.parametrize("script", ["bigram.py", "gpt.py"])
 def test_a_failed_download_is_one_line_and_leaves_nothing(server, script, path, tmp_path):
     done = download(script, "http://127.0.0.1:9/" if path == "refused" else server + path, tmp_path)
@@ -90,20 +85,22 @@ def space(tmp_path_factory):
 
 def test_the_deck(space, monkeypatch):
     """Every piece once in each pass, in another order; then all again, cut at other places."""
-    size, count = len(space["train_data"]), len(space["cuts"])
+    size, pieces = len(space["train_data"]), []
     monkeypatch.setitem(space, "train_data", torch.arange(size))
-    pieces = []
     for step in range(1, 131):
         inputs, targets = space["get_batch"](step)
         assert inputs.shape == targets.shape == (4, 16)
         assert torch.equal(inputs + 1, targets)
         assert torch.equal(inputs[:, 1:], targets[:, :-1])
         pieces += [piece[0] for piece in inputs.tolist()]
-    first, second = pieces[:count], pieces[count:2 * count]
-    assert sorted(first) == list(range(0, 16 * count, 16)) and count % 16
-    assert sorted(second) == sorted((start + count) % (size - 16) for start in first)
-    assert 16 * count > size - 2 * 16 and first != sorted(first) and second != sorted(second)
-    assert max(pieces) + 17 <= size  # nothing of the validation split
+    places = []
+    while len(pieces) > size // 16:
+        place = pieces[0] % 16
+        cuts = list(range(place, size - 16, 16))
+        dealt, pieces = pieces[:len(cuts)], pieces[len(cuts):]
+        assert sorted(dealt) == cuts and dealt != cuts
+        places.append(place)
+    assert len(places) == 3 and len(set(places)) > 1
 
 
 def test_evaluating_and_sampling_do_not_change_the_training(tmp_path):
@@ -158,14 +155,20 @@ def test_numbers_at_the_top_are_options(tmp_path):
     assert done.status == 0 and done.space["label_smoothing"] == 0.25
     assert done.losses[0] == pytest.approx(play("gpt.py", tmp_path, save="").losses[0], abs=1e-3)
     said = play(tmp_path / "mine.py", tmp_path, "--help").out
-    block = source.split("## Hyperparameters")[1].split("parser =")[0]
+    block = source.split("## Hyperparameters")[1].split("numbers =")[0]
     for name in re.findall(r"(?m)^(\w+) = ", block):
         assert f"--{name} " in said
 
 
 def test_the_numbers_of_a_gpu(tmp_path, monkeypatch):
-    """They take the place of those for a CPU, but not if --device=cpu is given."""
+    """They take the place of those for a CPU, but not if --device=cpu is given.
+
+    Each process has a GPU of its own.
+    """
+    seen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", seen.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
     source = GPT.split("# %% [markdown]\n# ## The text")[0]
     (tmp_path / "top.py").write_text(source + "\n\ndef encode():\n    pass\n", encoding="utf-8")
     for args, numbers in ((["--n_head=4"], ("cuda", 384, 4, 6, 256)),
@@ -173,34 +176,20 @@ def test_the_numbers_of_a_gpu(tmp_path, monkeypatch):
         space = play(tmp_path / "top.py", tmp_path, *args, tiny=False).space
         assert tuple(space[name] for name in (
             "device", "n_embd", "n_head", "n_layer", "block_size")) == numbers
-
-
-def test_each_process_has_a_gpu_of_its_own(tmp_path, monkeypatch):
-    """And its share of the batch."""
-    seen = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
-    monkeypatch.setattr(torch.cuda, "set_device", seen.append)
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    source = GPT.split("# %% [markdown]\n# ## The vocabulary")[0]
-    (tmp_path / "top.py").write_text(source + "\n\ndef encode():\n    pass\n", encoding="utf-8")
-    done = play(tmp_path / "top.py", tmp_path, tiny=False)
-    assert seen == [1] and (done.space["batch_size"], done.space["save"]) == (8, "")
+    assert seen == [1]
 
 
 @pytest.mark.parametrize("args, line", [
     (["--n_layers=3"], "unrecognized arguments: --n_layers=3"),
     (["--max_iters=2.5"], ".*max_iters.*int.*'2.5'"),
-    (["--batch_size=0"], "sizes should be at least 1"),
-    (["--n_layer=-2"], "sizes should be at least 1"),
-    (["--n_head=3"], "n_embd=16 should be a multiple of 4 . n_head=3"),
+    (["--batch_size=0"], "sizes should be at least 1,.*"),
+    (["--n_layer=-2"], "sizes should be at least 1,.*"),
+    (["--n_head=3"], ".*n_embd a multiple of 4 . n_head"),
     (["--text_file=nowhere.txt"], ".*nowhere.txt.*No such file.*"),
     (["--text_file=latin.txt"], ".*UTF-8.*latin.txt.*"),
-    (["--text_file=short.txt"], "short.txt should have more than 160 characters"),
+    (["--text_file=short.txt"], ".*short.txt.*more than 160 characters.*"),
     (["--prompt=\N{SNOWMAN}"], ".*'\N{SNOWMAN}'.*input.txt.*"),
-    (["--save=nowhere/gpt.pt"], ".*nowhere/gpt.pt.*folder.*"),
-    (["--learning_rate=1e9", "--muon_lr=1e9"], "the loss is no longer a number; .*rates")])
+    (["--save=nowhere/gpt.pt"], ".*nowhere/gpt.pt.*folder.*")])
 def test_bad_input_is_one_line_and_leaves_nothing(args, line, tmp_path):
     (tmp_path / "input.txt").write_text(TEXT[:20000], encoding="utf-8")
     (tmp_path / "latin.txt").write_bytes("Café".encode("latin-1") * 999)
