@@ -9,7 +9,6 @@ Shapes in comments: B batch_size, T time (up to block_size), V vocab_size.
 """
 
 # %%
-import random
 import sys
 from pathlib import Path
 
@@ -87,17 +86,17 @@ train_data, val_data = data[:n], data[n:]
 # of it is read equally often. When we run out, we cut it again, in other places.
 
 # %%
-dealer = random.Random(seed)
+generator = torch.Generator().manual_seed(seed)
 deck = []  # where the pieces begin
 
 
 def get_batch(step):
     """Return the inputs and the targets of this step (1, 2, ...), both (B, T)."""
     while len(deck) < step * batch_size:
-        first = dealer.randrange(block_size)  # each time, we cut in other places
-        cuts = list(range(first, len(train_data) - block_size, block_size))
-        dealer.shuffle(cuts)
-        deck.extend(cuts)
+        first = len(deck) % block_size  # so that we cut in other places each time
+        cuts = torch.arange(first, len(train_data) - block_size, block_size)
+        order = torch.randperm(len(cuts), generator=generator)
+        deck.extend(cuts[order].tolist())
     starts = deck[(step - 1) * batch_size:step * batch_size]
     pieces = torch.stack([train_data[i:i + block_size + 1] for i in starts])  # (B, T+1)
     return pieces[:, :-1], pieces[:, 1:]
