@@ -92,8 +92,8 @@ deck = []  # where the pieces begin
 
 def get_batch(step):
     """Return the inputs and the targets of this step (1, 2, ...), both (B, T)."""
-    while len(deck) < step * batch_size:
-        first = len(deck) % block_size  # so that we cut in other places each time
+    while len(deck) < step * batch_size:  # all are dealt: cut again
+        first = len(deck) % block_size    # in other places
         cuts = torch.arange(first, len(train_data) - block_size, block_size)
         order = torch.randperm(len(cuts), generator=generator)
         deck.extend(cuts[order].tolist())
@@ -200,7 +200,7 @@ def write(start, max_new_tokens, seed):
 # %%
 @torch.inference_mode()
 def estimate_loss(data):
-    """Return the mean loss over data (ids), in nats per character."""
+    """Return the mean loss per character over data (ids)."""
     pieces = data.unfold(0, size=block_size + 1, step=block_size)  # (pieces, T+1)
     total = 0.0
     for batch in pieces.split(batch_size):

@@ -3,7 +3,7 @@
     python gpt.py                 trains for a few minutes, then writes
     python gpt.py --load=gpt.pt   starts from the saved model, and writes
 
-Part one, the first 500 lines, builds a small but complete GPT, one idea per step, and
+Part one, the first 490 lines, builds a small but complete GPT, one idea per step, and
 trains it. You can stop there: part two only makes it better. Skip what is marked Extra.
 Shapes in comments: B batch_size, T time, C n_embd, D head_size, V vocab_size.
 """
@@ -135,8 +135,8 @@ deck = []  # where the pieces begin
 
 def get_batch(step):
     """Return the inputs and the targets of this step (1, 2, ...), both (B, T)."""
-    while len(deck) < step * batch_size:
-        first = len(deck) % block_size  # so that we cut in other places each time
+    while len(deck) < step * batch_size:  # all are dealt: cut again
+        first = len(deck) % block_size    # in other places
         cuts = torch.arange(first, len(train_data) - block_size, block_size)
         order = torch.randperm(len(cuts), generator=generator)
         deck.extend(cuts[order].tolist())
@@ -174,7 +174,8 @@ for t in range(4):
 # the logits of the next character.
 #
 # Each section ends with a number in brackets: the validation loss of the model so far,
-# after 300 training steps. This is how models write at different losses:
+# after 300 training steps (README.md tells how to run it). This is how models write at
+# different losses:
 #
 # - 2.50 (a table): `Athtimacowin muphe hirkend y t dinspst CAshorar ad il`
 # - 2.05 (part one): `Were sir chouly my genty?`
@@ -227,8 +228,8 @@ print(f"{equal_weights}\nmeans of 2, 4, 6, 8 so far: {means.tolist()}")
 #
 # Why sqrt(D)? A dot product is a sum of D products, some positive, some negative. They
 # partly cancel out, so it grows only like sqrt(D). If scores were large, softmax would
-# give nearly all the weight to one position, and a small change to them would change
-# almost nothing, so the model could hardly learn.
+# give nearly all the weight to one position. A small change to the scores would hardly
+# matter then: gradients would be almost 0, and the model could not learn.
 # (Vaswani et al. 2017, arXiv:1706.03762)
 #
 # What attention finds is added to x (in `Block`, Step 6). On its own, it doesn't help
@@ -455,7 +456,7 @@ def write(start, max_new_tokens, seed):
 # %%
 @torch.inference_mode()
 def estimate_loss(data):
-    """Return the mean loss over data (ids), in nats per character."""
+    """Return the mean loss per character over data (ids)."""
     pieces = data.unfold(0, size=block_size + 1, step=block_size)  # (pieces, T+1)
     total = 0.0
     for batch in pieces.split(batch_size):
@@ -489,8 +490,9 @@ if plain_iters and not load:
 
 # %% [markdown]
 # # Part two: improvements
-# With these improvements, 300 training steps give 1.56 instead of 2.05. We redefine
-# three classes: from here on, `GPT()` is made of the new ones.
+# With these improvements, 300 training steps give 1.56 instead of 2.05. We write some
+# classes anew. `GPT` and `MultiHeadAttention` find them by their names, so from here
+# on, `GPT()` is made of the new ones.
 #
 # ## Step 8: normalised queries and keys
 # A score can be large because a query and a key fit, or just because one of them has
