@@ -670,8 +670,8 @@ def set_learning_rates(step):
 
 # %% [markdown]
 # ## Extra: the saved model
-# The file holds all you need to resume, or to go on with another text (*fine-tuning*).
-# To skip this, go to "The run".
+# With the file, you can resume, or go on with another text (*fine-tuning*). To skip
+# this, go to "The run".
 
 # %%
 options = {name: globals()[name] for name in numbers
@@ -688,10 +688,11 @@ if load:
     for name in ("block_size", "n_embd", "n_head", "n_layer"):
         if options[name] != saved[name]:
             parser.error(f"{load} was made with {name}={saved[name]}")
-    parameters = checkpoint["model"]  # new characters get new rows
+    parameters = checkpoint["model"]
     for name in ("token_embedding.weight", "lm_head.weight"):
-        new_rows = model.state_dict()[name][len(parameters[name]):].cpu()
-        parameters[name] = torch.cat([parameters[name], new_rows])
+        rows = parameters[name]  # new characters start as the mean
+        mean = rows.mean(dim=0).expand(vocab_size - len(rows), -1)
+        parameters[name] = torch.cat([rows, mean])
     model.load_state_dict(parameters)
     if saved["text_file"] == text_file:  # else it starts from step 0
         best = checkpoint
@@ -706,7 +707,7 @@ file = load if best["step"] and save == load else ""
 
 
 def keep(step):
-    """Save this model if it is the best so far."""
+    """Save the best model so far."""
     global file
     if losses[step][1] < best["val_loss"]:
         best.update(copy.deepcopy({
@@ -715,7 +716,7 @@ def keep(step):
             "step": step, "val_loss": losses[step][1], "chars": chars,
             "fingerprint": fingerprint}))
     best["options"] = options
-    if not save:
+    if not save or not best["step"]:
         return
     if not file:  # the first free name
         file, number = Path(save), 1
@@ -733,7 +734,7 @@ def keep(step):
 # and backward passes once, and then replay them.
 
 # %%
-if "WORLD_SIZE" in os.environ:  # torchrun has started several processes
+if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started several processes
     torch.distributed.init_process_group("nccl" if "cuda" in device else "gloo")
     model = nn.parallel.DistributedDataParallel(model)  # averages their gradients
     batch_size = max(1, batch_size // torch.distributed.get_world_size())
@@ -742,7 +743,7 @@ if "WORLD_SIZE" in os.environ:  # torchrun has started several processes
     generator.manual_seed(seed)
     deck.clear()
     if rank > 0:  # only the first one prints and saves
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = None
         save = file = ""
 elif "cuda" in device and first_step < max_iters:
     model.train()
@@ -804,7 +805,7 @@ try:
         import matplotlib.pyplot as plt
 
         figure, axes = plt.subplots(1, n_head + 1, figsize=(15, 5))
-        axes[0].plot(list(losses), list(losses.values()))
+        axes[0].plot(*zip(*sorted(losses.items())))
         axes[0].legend(["train", "val"])
         line = inputs[0, :32]
         unwrapped(line[None])  # each head keeps its attention weights
