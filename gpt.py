@@ -179,7 +179,7 @@ for t in range(4):
 #
 # - 2.50 (a table): `Athtimacowin muphe hirkend y t dinspst CAshorar ad il`
 # - 2.05 (part one): `Were sir chouly my genty?`
-# - 1.37 (gpt.py, 1,500 steps): `And prove his clouds are sure set:`
+# - 1.37 (gpt.py, 1,500 steps): `That's the king attends so revenge at heaven,`
 #
 # ## Step 1: embedding
 # The simplest model, in bigram.py, is a table with a row for each character, holding a
@@ -548,17 +548,6 @@ class FeedForward(nn.Module):
 
 
 # %% [markdown]
-# ## Extra: 16-bit numbers
-# Some processors are faster with them.
-
-# %%
-fast = torch.cpu._is_avx512_bf16_supported()
-if "cuda" in device:
-    fast = torch.cuda.is_bf16_supported(including_emulation=False)
-dtype = torch.bfloat16 if fast else torch.float32
-autocast = torch.autocast(torch.device(device).type, dtype, fast, cache_enabled=False)
-
-# %% [markdown]
 # ## Step 10: token shift
 # The characters just before matter most, so we let attention and feed-forward see them
 # directly: we replace a quarter of each vector with that of the position before, and a
@@ -568,7 +557,7 @@ autocast = torch.autocast(torch.device(device).type, dtype, fast, cache_enabled=
 # %%
 def shift(x):
     """Give each position of x (B, T, C) a part of the two before it."""
-    x = x.to(dtype)  # Extra
+    x = x.to(dtype)  # Extra, below
     T, C = x.shape[1:]
     own, one_back, two_back = x.split([C // 2, C // 4, C // 4], dim=-1)
     one_back = F.pad(one_back, (0, 0, 1, 0))[:, :T]  # shifted right by one, 0 comes in
@@ -587,11 +576,22 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(n_embd)
 
     def forward(self, x):
-        with autocast:  # Extra
+        with autocast:  # Extra, below
             x = x + self.attention(shift(self.norm1(x)))     # Step 10
             x = x + self.feed_forward(shift(self.norm2(x)))  # Step 10
         return x
 
+
+# %% [markdown]
+# ## Extra: 16-bit numbers
+# Some processors are faster with them.
+
+# %%
+fast = torch.cpu._is_avx512_bf16_supported()
+if "cuda" in device:
+    fast = torch.cuda.is_bf16_supported(including_emulation=False)
+dtype = torch.bfloat16 if fast else torch.float32
+autocast = torch.autocast(torch.device(device).type, dtype, fast, cache_enabled=False)
 
 # %% [markdown]
 # ## Step 11: Muon
