@@ -193,7 +193,8 @@ def test_a_loss_that_is_no_number_is_not_kept(when, tmp_path):
     """What was kept before stays."""
     source = GPT.replace("losses[step] = evaluate(step)",
                          "muon_lr = [p.mul_(float('nan')) for p in model.parameters() "
-                         f"if step == {when} for _ in [torch.set_grad_enabled(False)]]\n            "
+                         f"if step == {when} for _ in [torch.set_grad_enabled(False)]]\n"
+                         "            "
                          "losses[step] = evaluate(step)")
     (tmp_path / "edited.py").write_text(source, encoding="utf-8")
     with pytest.raises(RuntimeError, match="nan"):  # PyTorch's own message: it cannot write
