@@ -476,7 +476,7 @@ def evaluate(step):
 # %% [markdown]
 # ## Training the plain GPT
 # This is a complete GPT. GPT-2 is basically the same, just larger, with a learned
-# vector for each position and a smoother ReLU. Training takes half a minute or so.
+# vector for each position and a smoother ReLU. Training takes a minute or so.
 
 # %%
 if plain_iters and not load:
