@@ -43,7 +43,7 @@ try:
         torch.hub.download_url_to_file(url, text_file, sha256, progress=False)
     text = Path(text_file).read_text(encoding="utf-8")
 except (OSError, UnicodeError, RuntimeError) as error:
-    print(f"no UTF-8 text at {text_file} ({error}); put one there", file=sys.stderr)
+    print(f"{text_file}: {error}; put a text in UTF-8 there", file=sys.stderr)
     sys.exit(2)
 
 # %% [markdown]
@@ -182,7 +182,7 @@ def write(start, max_new_tokens, seed):
     """Print start, and what the model writes after it, character by character."""
     torch.manual_seed(seed)
     print(start, end="")
-    idx = encode(start or chars[0]).to(device)           # (T,), at least one
+    idx = encode(start or chars[0]).to(device)           # (T,)
     for _ in range(max_new_tokens):
         logits, _ = model(idx[None, -block_size:])       # (1, T, V)
         logits = logits[0, -1] / max(temperature, 1e-6)  # (V,): after the last one
@@ -195,7 +195,7 @@ def write(start, max_new_tokens, seed):
 
 # %% [markdown]
 # ## Evaluation
-# We always measure on the same pieces of text, which `unfold` cuts.
+# We always measure the loss on the same pieces of text, cut by `unfold`.
 
 # %%
 @torch.inference_mode()

@@ -85,7 +85,7 @@ try:
     if len(text) <= 10 * block_size:  # Extra
         raise ValueError(f"it should have more than {10 * block_size} characters")
 except (OSError, ValueError, RuntimeError) as error:
-    parser.error(f"no UTF-8 text at {text_file} ({error}); put one there")
+    parser.error(f"{text_file}: {error}; put a text in UTF-8 there")
 
 # %% [markdown]
 # ## The vocabulary
@@ -174,7 +174,7 @@ for t in range(4):
 # the logits of the next character.
 #
 # Each section ends with a number in brackets: the validation loss of the model so far,
-# after 300 training steps (README.md tells how to run it). This is how models write at
+# after 300 training steps (README.md shows how to run it). This is how models write at
 # different losses:
 #
 # - 2.50 (a table): `Athtimacowin muphe hirkend y t dinspst CAshorar ad il`
@@ -386,7 +386,7 @@ class GPT(nn.Module):
         self.blocks = nn.Sequential(*[Block() for _ in range(n_layer)])  # Step 7
         self.norm = nn.LayerNorm(n_embd)                                 # Step 6
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)         # Step 1
-        nn.init.zeros_(self.lm_head.weight)  # all logits start as 0: it guesses
+        nn.init.zeros_(self.lm_head.weight)  # at first, it guesses blindly
 
     def forward(self, idx, targets=None):
         """Turn idx (B, T) into logits (B, T, V) and, with targets (B, T), the loss."""
@@ -438,7 +438,7 @@ def write(start, max_new_tokens, seed):
     """Print start, and what the model writes after it, character by character."""
     torch.manual_seed(seed)
     print(start, end="")
-    idx = encode(start or chars[0]).to(device)           # (T,), at least one
+    idx = encode(start or chars[0]).to(device)           # (T,)
     for _ in range(max_new_tokens):
         logits, _ = model(idx[None, -block_size:])       # (1, T, V)
         logits = logits[0, -1] / max(temperature, 1e-6)  # (V,): after the last one
@@ -451,7 +451,7 @@ def write(start, max_new_tokens, seed):
 
 # %% [markdown]
 # ## Evaluation
-# We always measure on the same pieces of text, which `unfold` cuts.
+# We always measure the loss on the same pieces of text, cut by `unfold`.
 
 # %%
 @torch.inference_mode()
@@ -490,9 +490,9 @@ if plain_iters and not load:
 
 # %% [markdown]
 # # Part two: improvements
-# With these improvements, 300 training steps give 1.56 instead of 2.05. We write some
-# classes anew. `GPT` and `MultiHeadAttention` find them by their names, so from here
-# on, `GPT()` is made of the new ones.
+# With these improvements, 300 training steps give 1.56 instead of 2.05. Some classes
+# are defined again below. `GPT` and `MultiHeadAttention` look them up by name, so from
+# here on, `GPT()` is made of the new ones.
 #
 # ## Step 8: normalised queries and keys
 # A score can be large because a query and a key fit, or just because one of them has

@@ -57,7 +57,7 @@ def test_a_missing_text_is_downloaded(server, script, tmp_path):
 def test_a_failed_download_is_one_line_and_leaves_nothing(server, script, path, tmp_path):
     done = download(script, "http://127.0.0.1:9/" if path == "refused" else server + path, tmp_path)
     assert (done.status, done.out) == (2, "")
-    assert re.fullmatch(r".*input\.txt .*put one there\n", done.err)
+    assert re.fullmatch(r".*input\.txt: .*put a text in UTF-8 there\n", done.err)
     assert [path.name for path in tmp_path.iterdir()] == [script]
 
 
@@ -186,7 +186,7 @@ def test_the_numbers_of_a_gpu(tmp_path, monkeypatch):
     (["--n_layer=-2"], "sizes should be at least 1,.*"),
     (["--n_head=3"], ".*n_embd a multiple of 4 . n_head"),
     (["--text_file=nowhere.txt"], ".*nowhere.txt.*No such file.*"),
-    (["--text_file=latin.txt"], ".*UTF-8.*latin.txt.*"),
+    (["--text_file=latin.txt"], ".*latin.txt: .*utf-8.*UTF-8 there"),
     (["--text_file=short.txt"], ".*short.txt.*more than 160 characters.*"),
     (["--prompt=\N{SNOWMAN}"], ".*'\N{SNOWMAN}'.*input.txt.*"),
     (["--save=nowhere/gpt.pt"], ".*nowhere/gpt.pt.*folder.*")])
