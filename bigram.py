@@ -86,17 +86,17 @@ train_data, val_data = data[:n], data[n:]
 # of it is read equally often. When we run out, we cut it again, in other places.
 
 # %%
-generator = torch.Generator().manual_seed(seed)
+torch.manual_seed(seed)
 deck = []  # where the pieces begin
+first = 0
+while len(deck) <= max_iters * batch_size:
+    cuts = torch.arange(first, len(train_data) - block_size, block_size)
+    deck += cuts[torch.randperm(len(cuts))].tolist()
+    first = (first + 100) % block_size  # next time, cut in other places
 
 
 def get_batch(step):
     """Return the inputs and the targets of this step (1, 2, ...), both (B, T)."""
-    while len(deck) < step * batch_size:  # all are dealt: cut again
-        first = len(deck) % block_size    # in other places
-        cuts = torch.arange(first, len(train_data) - block_size, block_size)
-        order = torch.randperm(len(cuts), generator=generator)
-        deck.extend(cuts[order].tolist())
     starts = deck[(step - 1) * batch_size:step * batch_size]
     pieces = torch.stack([train_data[i:i + block_size + 1] for i in starts])  # (B, T+1)
     return pieces[:, :-1], pieces[:, 1:]

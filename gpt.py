@@ -3,7 +3,7 @@
     python gpt.py                 trains for a few minutes, then writes
     python gpt.py --load=gpt.pt   starts from the saved model, and writes
 
-Part one, the first 490 lines, builds a small but complete GPT, one idea per step, and
+Part one, the first 500 lines, builds a small but complete GPT, one idea per step, and
 trains it. You can stop there: part two only makes it better. Skip what is marked Extra.
 Shapes in comments: B batch_size, T time, C n_embd, D head_size, V vocab_size.
 """
@@ -25,27 +25,25 @@ from torch import nn
 # ## Hyperparameters: the numbers that are not learned
 
 # %%
-text_file = "input.txt"  # what to learn from: any text in UTF-8
-batch_size = 8           # how many pieces of text does a training step learn from?
-block_size = 256         # context length: how many characters can the model look at?
-max_iters = 1500         # how many training steps?
-plain_iters = 300        # how many for the plain GPT of part one?
-eval_interval = 300      # how many steps between evaluations?
-n_embd = 192             # embedding dimension: how many numbers describe a character?
-n_head = 2               # attention heads: how many things to look for at once?
-n_layer = 4              # depth: how many blocks in a row?
-dropout = 0.0            # what fraction of the numbers is zeroed in training? (Step 7)
-learning_rate = 0.004    # how far does a training step move the parameters?
-muon_lr = 0.02           # the same for Muon's matrices (Step 11)
-momentum = 0.9           # how much of earlier gradients does Muon keep?
-weight_decay = 0.1       # how strongly does Muon pull parameters towards 0?
-max_new_tokens = 500     # how many characters should it write?
-temperature = 0.8        # below 1 favours likely characters, above 1 takes risks
-seed = 1337              # random seed: the same seed gives the same run
-device = "cuda" if torch.cuda.is_available() else "cpu"
-if "cuda" in device and "--device=cpu" not in sys.argv:  # a GPU trains a larger model
-    batch_size, max_iters, eval_interval, dropout = 16, 1000, 250, 0.05
-    n_embd, n_head, n_layer, momentum, weight_decay = 384, 3, 6, 0.95, 0.3
+gpu = torch.cuda.is_available() and "--device=cpu" not in sys.argv
+device = "cuda" if gpu else "cpu"
+text_file = "input.txt"              # what to learn from: any text in UTF-8
+batch_size = 16 if gpu else 8        # how many pieces of text in a training step?
+block_size = 256                     # context length: how far back can it look?
+max_iters = 1000 if gpu else 1500    # how many training steps?
+plain_iters = 300                    # how many for the plain GPT of part one?
+eval_interval = 250 if gpu else 300  # how many steps between evaluations?
+n_embd = 384 if gpu else 192         # embedding dimension: numbers per character
+n_head = 3 if gpu else 2             # attention heads: things to look for at once
+n_layer = 6 if gpu else 4            # depth: how many blocks in a row?
+dropout = 0.05 if gpu else 0.0       # what fraction is zeroed in training? (Step 7)
+learning_rate = 0.004                # how far does a step move the parameters?
+muon_lr = 0.02                       # the same for Muon's matrices (Step 11)
+momentum = 0.95 if gpu else 0.9      # how much of earlier gradients does Muon keep?
+weight_decay = 0.3 if gpu else 0.1   # how strongly does Muon pull towards 0?
+max_new_tokens = 500                 # how many characters should it write?
+temperature = 0.8                    # below 1 favours likely characters
+seed = 1337                          # random seed: the same seed, the same run
 
 # %% [markdown]
 # ## Extra: options
@@ -129,17 +127,17 @@ train_data, val_data = data[:n], data[n:]
 # of it is read equally often. When we run out, we cut it again, in other places.
 
 # %%
-generator = torch.Generator().manual_seed(seed)
+torch.manual_seed(seed)
 deck = []  # where the pieces begin
+first = 0
+while len(deck) <= max(plain_iters, max_iters) * batch_size:
+    cuts = torch.arange(first, len(train_data) - block_size, block_size)
+    deck += cuts[torch.randperm(len(cuts))].tolist()
+    first = (first + 100) % block_size  # next time, cut in other places
 
 
 def get_batch(step):
     """Return the inputs and the targets of this step (1, 2, ...), both (B, T)."""
-    while len(deck) < step * batch_size:  # all are dealt: cut again
-        first = len(deck) % block_size    # in other places
-        cuts = torch.arange(first, len(train_data) - block_size, block_size)
-        order = torch.randperm(len(cuts), generator=generator)
-        deck.extend(cuts[order].tolist())
     starts = deck[(step - 1) * batch_size:step * batch_size]
     pieces = torch.stack([train_data[i:i + block_size + 1] for i in starts])  # (B, T+1)
     return pieces[:, :-1], pieces[:, 1:]
@@ -186,8 +184,11 @@ for t in range(4):
 # logit for each one that might come next. But what a table learns about `a` tells it
 # nothing about `e`. So we give each character a vector of `n_embd` numbers, its
 # *embedding*, which is learned: characters that behave alike can become alike. A linear
-# layer, `lm_head`, turns a vector into logits. So far, this is no smarter than the
-# table, but now we have vectors to add things to (in `GPT`, below). (2.51)
+# layer, `lm_head`, turns a vector into logits:
+#
+# logits = lm_head(token_embedding(idx))
+#
+# So far, this is no smarter than the table, but now we can add to the vectors. (2.51)
 
 # %% [markdown]
 # ## Step 2: attention
@@ -343,7 +344,7 @@ class FeedForward(nn.Module):
 # ## Step 6: the block
 # A block is attention, then feed-forward. Each *adds* what it finds to x (a *residual
 # connection*), so that nothing in x gets lost. In training, gradients pass back
-# through the sum unchanged, however many blocks there are.
+# through the sum unchanged, so they don't fade, however many blocks there are.
 #
 # With every addition, the numbers in x can grow. So we put a *LayerNorm* before each
 # part and before `lm_head`: it shifts and scales each vector to mean 0 and variance 1
@@ -592,6 +593,7 @@ if "cuda" in device:
     fast = torch.cuda.is_bf16_supported(including_emulation=False)
 dtype = torch.bfloat16 if fast else torch.float32
 autocast = torch.autocast(torch.device(device).type, dtype, fast, cache_enabled=False)
+mask = mask.to(dtype)
 
 # %% [markdown]
 # ## Step 11: Muon
@@ -620,8 +622,9 @@ def equalise(x):
     x = x.to(dtype)                                    # Extra
     for _ in range(5):
         s = x @ x.mT                                   # s @ x is x^3, s @ s @ x is x^5
-        # 3.4445 x + (2.0315 s @ s - 4.7750 s) @ x, in one call for speed
-        x = torch.baddbmm(x, 2.0315 * s @ s - 4.7750 * s, x, beta=3.4445)
+        # p = 2.0315 s @ s - 4.7750 s, then 3.4445 x + p @ x: faster by baddbmm
+        p = torch.baddbmm(s, s, s, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, p, x, beta=3.4445)
     return x
 
 
@@ -637,9 +640,9 @@ class Muon(torch.optim.Optimizer):
             gradients = torch.stack([m.grad for m in group])   # (N, rows, columns)
             mean = self.state[group[0]].setdefault("mean", torch.zeros_like(gradients))
             mean.lerp_(gradients, 1 - momentum)                # a running mean
-            newest = mean.lerp(gradients, 1 - momentum)        # Nesterov momentum
+            gradients.lerp_(mean, momentum)                    # Nesterov momentum
             size = lr * max(1, shape[0] / shape[1]) ** 0.5     # each row moves by lr
-            for m, change in zip(group, equalise(newest)):
+            for m, change in zip(group, equalise(gradients)):
                 m.mul_(1 - lr * weight_decay)
                 m.sub_(size * change)
 
@@ -653,7 +656,7 @@ model = GPT().to(device)
 matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
 others = [p for p in model.parameters() if p not in set(matrices)]
 muon = Muon(matrices, {"lr": muon_lr})
-optimizers = [torch.optim.AdamW(others, lr=learning_rate), muon]
+optimizers = [torch.optim.AdamW(others, lr=learning_rate, fused=True), muon]
 
 # %% [markdown]
 # ## Step 12: learning-rate schedule
@@ -719,7 +722,8 @@ def keep(step):
     if not save or not best["step"]:
         return
     if not file:  # the first free name
-        file, number = Path(save), 1
+        file = Path(save)
+        number = 1
         while file.exists():
             number += 1
             file = Path(save).with_stem(f"{Path(save).stem}{number}")
@@ -737,11 +741,11 @@ def keep(step):
 if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started several processes
     torch.distributed.init_process_group("nccl" if "cuda" in device else "gloo")
     model = nn.parallel.DistributedDataParallel(model)  # averages their gradients
-    batch_size = max(1, batch_size // torch.distributed.get_world_size())
+    world = torch.distributed.get_world_size()
     rank = torch.distributed.get_rank()  # 0, 1, ...
+    deck = deck[rank::world]  # each gets a part of every batch
+    batch_size //= world
     seed += rank
-    generator.manual_seed(seed)
-    deck.clear()
     if rank > 0:  # only the first one prints and saves
         sys.stdout = None
         save = file = ""
@@ -810,7 +814,7 @@ try:
         line = inputs[0, :32]
         unwrapped(line[None])  # each head keeps its attention weights
         for axis, head in zip(axes[1:], unwrapped.blocks[-1].attention.heads):
-            axis.imshow(head.weights[0].cpu())
+            axis.imshow(head.weights[0].tolist())
             axis.set_xticks(range(len(line)), decode(line))
         figure.savefig(f"{file}.png")
 except Exception as error:

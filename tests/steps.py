@@ -34,20 +34,20 @@ WITHOUT = {
     "nothing": [],
     "attention": [("x = x + self.attention(shift(self.norm1(x)))", "pass")],
     "positions": [("q, k = rotate(q), rotate(k)", "pass")],
-    "heads": [("n_head = 2", "n_head = 1")],
+    "heads": [("n_head = 3 if gpu else 2", "n_head = 1")],
     "feed-forward": [("x = x + self.feed_forward(shift(self.norm2(x)))", "pass")],
     "block": [("self.norm1 = nn.LayerNorm(n_embd)", "self.norm1 = nn.Identity()"),
               ("self.norm2 = nn.LayerNorm(n_embd)", "self.norm2 = nn.Identity()"),
               ("self.norm = nn.LayerNorm(n_embd) ", "self.norm = nn.Identity() ")],
-    "depth": [("n_layer = 4", "n_layer = 1")],
+    "depth": [("n_layer = 6 if gpu else 4", "n_layer = 1")],
     "qk-norm": [("q, k = self.norm(q), self.norm(k)", "pass")],
     "gates": [("found * 2 * torch.sigmoid(self.gate(x))", "found"),
               ("F.silu(self.gate(x)) * self.up(x)", "F.silu(self.up(x))"),
               ("size = 8 * n_embd // 3", "size = 4 * n_embd")],
     "token-shift": [("shift(self.norm1(x))", "self.norm1(x)"),
                     ("shift(self.norm2(x))", "self.norm2(x)")],
-    "muon": [("optimizers = [torch.optim.AdamW(others, lr=learning_rate), muon]",
-              "optimizers = [torch.optim.AdamW(model.parameters(), lr=learning_rate)]")],
+    "muon": [("AdamW(others, lr=learning_rate, fused=True), muon]",
+              "AdamW(model.parameters(), lr=learning_rate, fused=True)]")],
     "schedule": [("set_learning_rates(step) ", "pass ")],
 }
 
@@ -128,13 +128,14 @@ def train(source, seed):
     numbers = {"seed": seed, "max_iters": 300, "plain_iters": 0, "eval_interval": 300,
                "max_new_tokens": 1}
     for name, value in numbers.items():
-        source = re.sub(rf"(?m)^{name} = \d+", f"{name} = {value}", source)
+        source = re.sub(rf"(?m)^{name} = .+?(?=  #)", f"{name} = {value}", source)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "script.py").write_text(source, encoding="utf-8")
         Path(folder, "input.txt").write_bytes((ROOT / "input.txt").read_bytes())
         done = subprocess.run([sys.executable, "script.py"], cwd=folder, text=True, check=True,
                               encoding="utf-8", stdout=subprocess.PIPE,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+                              env={**os.environ, "OMP_NUM_THREADS": "1",
+                                   "CUDA_VISIBLE_DEVICES": ""})
     return float(re.findall(r"(?m)^step 300: .* val loss (\S+)", done.stdout)[-1])
 
 
