@@ -238,7 +238,8 @@ print(f"{equal_weights}\nmeans of 2, 4, 6, 8 so far: {means.tolist()}")
 
 # %%
 head_size = n_embd // n_head  # D in the shapes; n_head comes in Step 4
-mask = torch.full((block_size, block_size), -torch.inf, device=device).triu(1)  # (T, T)
+may_see = torch.ones(block_size, block_size, device=device).tril()  # (T, T)
+mask = torch.where(may_see == 1, 0.0, -torch.inf)  # (T, T)
 
 
 class Head(nn.Module):
@@ -660,8 +661,8 @@ optimizers = [torch.optim.AdamW(others, lr=learning_rate, fused=True), muon]
 
 # %% [markdown]
 # ## Step 12: learning-rate schedule
-# We take big steps first, then smaller and smaller ones: close to the goal, big steps
-# would overshoot it. (1.56)
+# We take big steps first, then smaller ones: close to the goal, big ones would
+# overshoot. (1.56)
 
 # %%
 def set_learning_rates(step):
@@ -734,8 +735,8 @@ def keep(step):
 
 # %% [markdown]
 # ## Extra: speed and progress
-# A GPU runs this model faster than Python can hand it work, so we record the forward
-# and backward passes once, and then replay them.
+# A GPU outruns Python here, so we record the forward and backward passes once, and then
+# replay them.
 
 # %%
 if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started several processes
