@@ -644,8 +644,7 @@ class Muon(torch.optim.Optimizer):
             gradients.lerp_(mean, momentum)                    # Nesterov momentum
             size = lr * max(1, shape[0] / shape[1]) ** 0.5     # each row moves by lr
             for m, change in zip(group, equalise(gradients)):
-                m.mul_(1 - lr * weight_decay)
-                m.sub_(size * change)
+                m.copy_((1 - lr * weight_decay) * m - size * change)
 
 
 # %% [markdown]
