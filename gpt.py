@@ -177,7 +177,7 @@ for t in range(4):
 #
 # - 2.50 (a table): `Athtimacowin muphe hirkend y t dinspst CAshorar ad il`
 # - 2.05 (part one): `Were sir chouly my genty?`
-# - 1.37 (gpt.py, 1,500 steps): `That's the king attends so revenge at heaven,`
+# - 1.37 (gpt.py, 1,500 steps): `Till the sin the vice of our testimony.`
 #
 # ## Step 1: embedding
 # The simplest model, in bigram.py, is a table with a row for each character, holding a
