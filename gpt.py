@@ -746,12 +746,13 @@ if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started several processe
     deck = deck[rank::world]  # each gets a part of every batch
     batch_size //= world
     seed += rank
-    if rank > 0:  # only the first one prints and saves
+    if rank:  # only the first one prints and saves
         sys.stdout = None
         save = file = ""
 elif "cuda" in device and first_step < max_iters:
     model.train()
-    model = torch.cuda.make_graphed_callables(model, get_batch(1))
+    model = torch.cuda.make_graphed_callables(
+        model, get_batch(1), allow_unused_input=True)
 
 
 def show_progress(step, loss):
