@@ -186,9 +186,9 @@ for t in range(4):
 # *embedding*, which is learned: characters that behave alike can become alike. A linear
 # layer, `lm_head`, turns a vector into logits:
 #
-# logits = lm_head(token_embedding(idx))
+# logits = lm_head(token_embedding(ids))
 #
-# So far, this is no smarter than the table, but now we can add to the vectors. (2.51)
+# So far, this is no smarter than the table, but now we have vectors to add to. (2.51)
 
 # %% [markdown]
 # ## Step 2: attention
@@ -623,7 +623,7 @@ def equalise(x):
     x = x.to(dtype)                                    # Extra
     for _ in range(5):
         s = x @ x.mT                                   # s @ x is x^3, s @ s @ x is x^5
-        # p = 2.0315 s @ s - 4.7750 s, then 3.4445 x + p @ x: faster by baddbmm
+        # p = 2.0315 s @ s - 4.7750 s, then 3.4445 x + p @ x; baddbmm is faster
         p = torch.baddbmm(s, s, s, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, p, x, beta=3.4445)
     return x
